@@ -1,0 +1,36 @@
+"""The backends: `cuda`, `triton`, `torch`, `reference`. Each folder has the same steps under the same names.
+
+A backend is a module with
+
+``unavailable(device_type, dtype) -> str | None``
+    None if it can run there, else a sentence saying why not.
+
+``norm_act(p, x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, num_batches_tracked)
+-> (y, mean, rstd, h)``
+    A whole norm (moments -> coefficients -> apply) for the rule ``p.rule``. ``mean`` and ``rstd`` have
+    ``p.moments_shape`` and ``p.accumulate`` (the rms rule returns an empty mean), never alias a buffer, and are all the
+    backward needs beside x. ``h = x + residual`` is returned with ``residual_mode == "pre_norm"``, else None. With
+    ``p.batch_statistics`` the running statistics given (None if untracked) and the counter are updated in place; without,
+    they are read and not written.
+
+``norm_act_backward(p, dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, needs)
+-> (dx, dresidual, dweight, dbias, dact_weight, deps_weight)``
+    ``x`` is h in pre_norm mode, where ``dx`` is the gradient of both x and residual and ``dh`` (may be None) is added to it. ``z_source``
+    is what ``p.z_source`` names. ``needs`` is ``(dx, dresidual, parameters)``; what is not needed may be None.
+
+and the four steps for rules written in PyTorch, one set per (n, c) (``p.scope == "sample_group"``, ``p.groups == p.C``;
+coefficients are (N, C) in ``p.accumulate``):
+
+``moments(p, x) -> (mean, var)``                                                             biased variance
+``apply(p, x, residual, scale, shift, act_weight) -> y``                                     y = act(scale*x + shift [+ residual])
+``grad_moments(p, dy, x, z_source, mean, scale, shift, act_weight) -> (sum_dz, sum_dz_xc, dact_weight)``
+                                                                                             sums of dz and of dz*(x - mean)
+``grad_apply(p, dy, x, z_source, mean, scale, shift, act_weight, dz_scale, q, r, needs) -> (dx, dresidual)``
+                                                                                             dx = dz_scale*dz + q*(x - mean) + r
+
+Tensors arrive checked and canonical: x, residual, dy, dh, z_source dense in ``p.layout`` (x has its public shape; its memory is
+the (N, C, S) array that `Problem` describes), no element missing (numel > 0), parameters contiguous of C elements
+(act_weight, eps_weight: 1 or C). y, h, dx, dresidual are new tensors with the strides of x, each element written once.
+"""
+
+from __future__ import annotations

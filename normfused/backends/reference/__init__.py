@@ -1,0 +1,129 @@
+"""The oracle: the three steps written out in PyTorch, in float64 for float64 and float32 for all else; never chosen by auto."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...problem import PRE_ACT, PRE_NORM, POST_ACT, RMS, Problem
+from . import apply as _apply
+from . import grad_apply as _grad_apply
+from . import grad_moments as _grad_moments
+from . import moments as _moments
+from .rules import rms, standard
+from .views import like, ncs, over_set
+
+Needs = tuple[bool, bool, bool]
+
+
+def unavailable(device_type: str, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def norm_act(
+    p: Problem,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act_weight: Tensor | None,
+    eps_weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    h = None
+    if p.residual_mode == PRE_NORM:
+        assert residual is not None
+        x = h = like(p, ncs(p, x) + ncs(p, residual), x)
+    if p.batch_statistics:
+        mean, var = _moments.moments(p, x)
+        _moments.update_running_statistics(p, mean, var, running_mean, running_var, num_batches_tracked)
+    else:
+        assert running_mean is not None and running_var is not None
+        mean, var = running_mean.to(p.accumulate, copy=True), running_var.to(p.accumulate)
+    rstd = standard.rstd(p, var, rms.effective_eps(p, eps_weight))
+    centre, scale, shift = standard.coefficients(p, mean, rstd, weight, bias)
+    y = _apply.apply(p, x, residual, centre, scale, shift, act_weight)
+    return y, (mean if p.centred else mean.new_empty(0)), rstd, h
+
+
+def norm_act_backward(
+    p: Problem,
+    dy: Tensor,
+    dh: Tensor | None,
+    x: Tensor,
+    z_source: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act_weight: Tensor | None,
+    eps_weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    centre, scale, shift = standard.coefficients(p, mean, rstd, weight, bias)
+    dz, dact_weight = _grad_moments.activation_gradient(p, dy, x, z_source, centre, scale, shift, act_weight)
+    sum_dz, sum_dz_xc = _grad_moments.grad_moments(p, dz, x, centre)
+    xc = ncs(p, x).to(p.accumulate) - centre
+    a, b = standard.weighted_sums(p, dz, xc, sum_dz, sum_dz_xc, weight)
+    deps_weight = None
+    if p.rule == RMS:
+        dz_scale, q, r = rms.coefficients_vjp(p, rstd, b, weight, rms.effective_eps(p, eps_weight))
+        if eps_weight is not None:
+            deps_weight = rms.eps_gradient(rstd, b, eps_weight)
+    else:
+        dz_scale, q, r = standard.coefficients_vjp(p, rstd, a, b, weight)
+    dx = _grad_apply.grad_apply(p, dz, x, centre, dz_scale, q, r)
+    if dh is not None:
+        dx = dx + dh
+    dweight, dbias = standard.parameter_gradients(p, dz, xc, sum_dz, sum_dz_xc, rstd)
+    return (
+        dx,
+        _residual_gradient(p, dy, dz, x),
+        None if weight is None else dweight.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+        dact_weight,
+        deps_weight,
+    )
+
+
+def _residual_gradient(p: Problem, dy: Tensor, dz: Tensor, x: Tensor) -> Tensor | None:
+    if p.residual_mode == PRE_ACT:
+        return like(p, dz, x)
+    return dy if p.residual_mode == POST_ACT else None
+
+
+# ------------------------------------------------------------------------------ the steps, one set per (n, c)
+def moments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+    return _moments.moments(p, x)
+
+
+def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None) -> Tensor:
+    return _apply.apply(p, x, residual, 0.0, over_set(p, scale), over_set(p, shift), act_weight)
+
+
+def grad_moments(
+    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    dz, dact_weight = _grad_moments.activation_gradient(p, dy, x, z_source, 0.0, over_set(p, scale), over_set(p, shift), act_weight)
+    return (*_grad_moments.grad_moments(p, dz, x, over_set(p, mean)), dact_weight)
+
+
+def grad_apply(
+    p: Problem,
+    dy: Tensor,
+    x: Tensor,
+    z_source: Tensor | None,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    act_weight: Tensor | None,
+    dz_scale: Tensor,
+    q: Tensor,
+    r: Tensor,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None]:
+    dz, _ = _grad_moments.activation_gradient(p, dy, x, z_source, 0.0, over_set(p, scale), over_set(p, shift), act_weight)
+    dx = _grad_apply.grad_apply(p, dz, x, over_set(p, mean), over_set(p, dz_scale), over_set(p, q), over_set(p, r))
+    return dx, _residual_gradient(p, dy, dz, x)

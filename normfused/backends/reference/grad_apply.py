@@ -1,0 +1,15 @@
+"""Step 3, backward: dx = dz_scale*dz + q*(x - centre) + r."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...problem import Problem
+from .views import like, ncs
+
+
+def grad_apply(
+    p: Problem, dz: Tensor, x: Tensor, centre: Tensor | float, dz_scale: Tensor | float, q: Tensor | float, r: Tensor | float
+) -> Tensor:
+    centred = ncs(p, x).to(p.accumulate) - centre
+    return like(p, dz * dz_scale + q * centred + r, x)

@@ -1,0 +1,1 @@
+"""One rule a file: ``coefficients`` forward, ``coefficients_vjp`` backward; everything else is the same for every norm."""
