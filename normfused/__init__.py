@@ -1,0 +1,49 @@
+"""Fused normalization, activation and residual add for PyTorch: one operation, one pass over memory, forward and backward."""
+
+from __future__ import annotations
+
+from . import functional
+from .activations import ACTIVATIONS, TLU
+from .checks import ArgumentError, DeviceError, DTypeError, ShapeError
+from .dispatch import available_backends, backend, get_backend, set_backend
+from .explain import explain
+from .norms.base import get_autocast_policy, set_autocast_policy
+from .norms.batch_norm import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from .norms.custom import define_norm
+from .norms.filter_response_norm import FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d
+from .norms.group_norm import GroupNormAct
+from .norms.instance_norm import InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d
+from .norms.layer_norm import LayerNormAct
+from .norms.rms_norm import RMSNormAct
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACTIVATIONS",
+    "TLU",
+    "ArgumentError",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "DTypeError",
+    "DeviceError",
+    "FilterResponseNorm1d",
+    "FilterResponseNorm2d",
+    "FilterResponseNorm3d",
+    "GroupNormAct",
+    "InstanceNormAct1d",
+    "InstanceNormAct2d",
+    "InstanceNormAct3d",
+    "LayerNormAct",
+    "RMSNormAct",
+    "ShapeError",
+    "available_backends",
+    "backend",
+    "define_norm",
+    "explain",
+    "functional",
+    "get_autocast_policy",
+    "get_backend",
+    "set_autocast_policy",
+    "set_backend",
+]

@@ -103,15 +103,16 @@ class TLU(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------- naming one
+_RELU, _RELU6, _PRELU, _SILU, _GELU, _GELU_TANH = (Activation(n) for n in ("relu", "relu6", "prelu", "silu", "gelu", "gelu_tanh"))
 _MODULES: dict[type, Callable[[Any], Activation]] = {
     nn.Identity: lambda m: IDENTITY,
-    nn.ReLU: lambda m: Activation("relu"),
-    nn.ReLU6: lambda m: Activation("relu6"),
+    nn.ReLU: lambda m: _RELU,
+    nn.ReLU6: lambda m: _RELU6,
     nn.LeakyReLU: lambda m: Activation("leaky_relu", float(m.negative_slope)),
-    nn.PReLU: lambda m: Activation("prelu"),
+    nn.PReLU: lambda m: _PRELU,
     nn.ELU: lambda m: Activation("elu", float(m.alpha)),
-    nn.SiLU: lambda m: Activation("silu"),
-    nn.GELU: lambda m: Activation("gelu" if m.approximate == "none" else "gelu_tanh"),
+    nn.SiLU: lambda m: _SILU,
+    nn.GELU: lambda m: _GELU if m.approximate == "none" else _GELU_TANH,
     nn.Hardswish: lambda m: Activation("hardswish"),
     nn.Hardsigmoid: lambda m: Activation("hardsigmoid"),
     nn.Sigmoid: lambda m: Activation("sigmoid"),
@@ -204,6 +205,56 @@ def _with_parameters(name: str, parameters: dict[str, Any]) -> Activation:
         raise ValueError(f"act: {base.name} has parameters {list(names)}, got {unknown}")
     numbers = [float(given.get(n, d)) for n, d in zip(names, (base.p0, base.p1), strict=False)]
     return Activation(base.name, *numbers)
+
+
+class Composed(nn.Module):
+    """A callable that is not fused, held by a layer as its ``act`` and run after the norm."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def module_of(act: ActivationLike, channels: int, device: Any = None, dtype: Any = None) -> nn.Module | None:
+    """The module that a layer keeps as its child ``act`` (None for no activation), so that print, state_dict and hooks see it."""
+    if isinstance(act, nn.Module):
+        return act
+    parsed = parse(act)
+    if not isinstance(parsed, Activation):
+        return Composed(parsed)
+    p0, p1 = parsed.p0, parsed.p1
+    make: dict[str, Callable[[], nn.Module | None]] = {
+        "identity": lambda: None,
+        "relu": nn.ReLU,
+        "relu6": nn.ReLU6,
+        "leaky_relu": lambda: nn.LeakyReLU(p0),
+        "prelu": lambda: nn.PReLU(device=device, dtype=dtype),
+        "elu": lambda: nn.ELU(p0),
+        "silu": nn.SiLU,
+        "gelu": nn.GELU,
+        "gelu_tanh": lambda: nn.GELU("tanh"),
+        "hardswish": nn.Hardswish,
+        "hardsigmoid": nn.Hardsigmoid,
+        "sigmoid": nn.Sigmoid,
+        "tanh": nn.Tanh,
+        "mish": nn.Mish,
+        "softplus": lambda: nn.Softplus(p0, p1),
+        "tlu": lambda: TLU(channels, device=device, dtype=dtype),
+    }
+    return make[parsed.name]()
+
+
+def weight_of(module: nn.Module | None) -> Tensor | None:
+    """The tensor that belongs to a fused activation module: PReLU's weight, TLU's tau."""
+    if type(module) is nn.PReLU:
+        return module.weight
+    return module.tau if type(module) is TLU else None
 
 
 # ------------------------------------------------------------------------------------------------- PyTorch forms

@@ -1,0 +1,162 @@
+"""What CPU tensors get, and CUDA tensors where no kernel of ours can run: ATen's kernels, composed.
+
+`composite` is a whole norm as differentiable operations; `steps` are moments -> apply and grad_moments -> grad_apply, for the
+norms that ATen has no accurate kernel for (FRN, channels_last group and instance norm) and for rules written in PyTorch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...problem import POST_ACT, PRE_ACT, RMS, SAMPLE_GROUP, Problem
+from .. import reference
+from ..reference.moments import update_running_statistics
+from ..reference.rules import rms
+from . import steps
+
+Needs = tuple[bool, bool, bool]
+
+
+def unavailable(device_type: str, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _per_channel(p: Problem, per_group: Tensor) -> Tensor:
+    return per_group.repeat_interleave(p.C // p.groups, dim=1) if p.groups != p.C else per_group
+
+
+def _set_sum(p: Problem, per_slice: Tensor) -> Tensor:
+    return per_slice.view(p.N, p.groups, -1).sum(2) if p.groups != p.C else per_slice
+
+
+def _coefficients(p: Problem, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(scale, shift, centre), (N, C); centre is None for the rms rule."""
+    scale = _per_channel(p, rstd)
+    if weight is not None:
+        scale = scale * weight
+    if not p.centred:
+        return scale, (torch.zeros_like(scale) if bias is None else bias.to(scale.dtype).expand_as(scale).contiguous()), None
+    centre = _per_channel(p, mean)
+    shift = -centre * scale if bias is None else torch.addcmul(bias.to(scale.dtype), centre, scale, value=-1)
+    return scale, shift, centre
+
+
+def norm_act(
+    p: Problem,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act_weight: Tensor | None,
+    eps_weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    if p.scope != SAMPLE_GROUP or p.dtype != p.accumulate:  # those go through the composite (ops.path); kept for direct operator calls
+        return reference.norm_act(p, x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, num_batches_tracked)
+    if p.rule == RMS:
+        mean, rstd = x.new_empty(0), (steps.mean_square(p, x) + rms.effective_eps(p, eps_weight)).rsqrt()
+    else:
+        mean, var = steps.moments(p, x)
+        if p.groups != p.C:
+            slice_mean = mean
+            mean = slice_mean.view(p.N, p.groups, -1).mean(2)
+            spread = (slice_mean - _per_channel(p, mean)).square_()
+            var = (var + spread).view(p.N, p.groups, -1).mean(2)
+        update_running_statistics(p, mean, var, running_mean, running_var, num_batches_tracked)
+        rstd = (var + p.eps).rsqrt()
+    scale, shift, _ = _coefficients(p, mean, rstd, weight, bias)
+    return steps.apply(p, x, residual, scale, shift, act_weight), mean, rstd, None
+
+
+def norm_act_backward(
+    p: Problem,
+    dy: Tensor,
+    dh: Tensor | None,
+    x: Tensor,
+    z_source: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act_weight: Tensor | None,
+    eps_weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Needs,
+) -> tuple[Tensor | None, ...]:
+    if p.scope != SAMPLE_GROUP or p.dtype != p.accumulate:
+        return reference.norm_act_backward(p, dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, needs)
+    scale, shift, centre = _coefficients(p, mean, rstd, weight, bias)
+    dz, dact_weight = steps.activation_gradient(p, dy, x, z_source, scale, shift, act_weight)
+    sum_dz, sum_dz_xc = steps.grad_moments(p, dz, x, torch.zeros_like(scale) if centre is None else centre)
+    b = _set_sum(p, sum_dz_xc if weight is None else sum_dz_xc * weight)
+    deps_weight = None
+    if p.rule == RMS:
+        r = None
+        if eps_weight is not None:
+            deps_weight = rms.eps_gradient(rstd, b, eps_weight)
+        if p.count == 1:
+            one = rstd**3 * rms.effective_eps(p, eps_weight)
+            dz_scale, q = (one if weight is None else one * weight), None
+        else:
+            dz_scale, q = scale, -(rstd**3) * b / p.count
+    else:
+        a = _set_sum(p, sum_dz if weight is None else sum_dz * weight)
+        dz_scale, q, r = scale, _per_channel(p, -(rstd**3) * b / p.count), _per_channel(p, -rstd * a / p.count)
+    dx = steps.grad_apply(p, dz, x, centre, dz_scale, q, r) if needs[0] else None
+    return (
+        dx,
+        dz if needs[1] and p.residual_mode == PRE_ACT else None,
+        None if weight is None else (sum_dz_xc * _per_channel(p, rstd)).sum(0).to(weight.dtype),
+        None if bias is None else sum_dz.sum(0).to(bias.dtype),
+        dact_weight,
+        deps_weight,
+    )
+
+
+# ------------------------------------------------------------------------------ the steps, one set per (n, c)
+def _wide(p: Problem, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.to(p.accumulate) for t in tensors]
+
+
+def moments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+    return steps.moments(p, x.to(p.accumulate))
+
+
+def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None) -> Tensor:
+    wide_x, wide_residual = _wide(p, x, residual)
+    assert wide_x is not None
+    return steps.apply(p, wide_x, wide_residual, scale, shift, act_weight).to(p.dtype)
+
+
+def grad_moments(
+    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    dy, x, z_source = _wide(p, dy, x, z_source)  # type: ignore[assignment]
+    dz, dact_weight = steps.activation_gradient(p, dy, x, z_source, scale, shift, act_weight)
+    return (*steps.grad_moments(p, dz, x, mean), dact_weight)
+
+
+def grad_apply(
+    p: Problem,
+    dy: Tensor,
+    x: Tensor,
+    z_source: Tensor | None,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    act_weight: Tensor | None,
+    dz_scale: Tensor,
+    q: Tensor,
+    r: Tensor,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None]:
+    dy, x, z_source = _wide(p, dy, x, z_source)  # type: ignore[assignment]
+    dz, _ = steps.activation_gradient(p, dy, x, z_source, scale, shift, act_weight)
+    dx = steps.grad_apply(p, dz, x, mean, dz_scale, q, r) if needs[0] else None
+    dresidual = dz.to(p.dtype) if needs[1] and p.residual_mode == PRE_ACT and p.act.name != "identity" else None
+    return (None if dx is None else dx.to(p.dtype)), dresidual
+
+
+__all__ = ["POST_ACT", "apply", "grad_apply", "grad_moments", "moments", "norm_act", "norm_act_backward", "unavailable"]

@@ -1,0 +1,220 @@
+"""A whole norm as differentiable ATen operations: what CPU tensors get where ATen's kernels are accurate, and what every
+backend uses where autograd must see through it (double backward, forward mode, functorch, torch.compile, export).
+
+Half types are computed in float32 and rounded once, like the kernels do it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...activations import Activation, activate
+from ...problem import CHANNEL, POST_ACT, PRE_ACT, PRE_NORM, RMS, SAMPLE_GROUP, accumulation_dtype, layout_of
+
+
+def _widen(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or t.dtype == dtype else t.to(dtype)
+
+
+def _broadcast(parameter: Tensor, x: Tensor) -> Tensor:
+    return parameter.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """weight*x + bias per channel."""
+    if weight is not None and bias is not None:
+        return torch.addcmul(_broadcast(bias, x), x, _broadcast(weight, x))
+    if weight is not None:
+        return x * _broadcast(weight, x)
+    return x if bias is None else x + _broadcast(bias, x)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """Training-mode batch norm in x's type; running statistics may be of another type and keep it."""
+    if counter is not None:
+        counter.add_(1)
+    if (running_mean is None and running_var is None) or x.numel() == 0:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    # With momentum 1 scratch buffers receive this batch's statistics: torch saves the buffers it is given for the backward,
+    # and ours may be rewritten before it (DDP broadcasts them); and momentum None needs no host read of the counter.
+    mean, var = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+    update_running(running_mean, running_var, mean, var, counter, momentum)
+    return y
+
+
+def update_running(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, counter: Tensor | None, momentum: float | None
+) -> None:
+    """running <- (1-m)*running + m*value in value's type, rounded once; the counter is read on its device."""
+    factor: float | Tensor
+    if momentum is not None:
+        factor = momentum
+    else:
+        factor = 1.0 if counter is None else counter.to(mean.dtype).reciprocal()
+    with torch.no_grad():
+        for running, value in ((running_mean, mean), (running_var, var)):
+            if running is None:
+                continue
+            if running.dtype == value.dtype:
+                running.lerp_(value, factor)
+            else:
+                running.copy_(torch.lerp(running.to(value.dtype), value, factor))
+
+
+def frozen(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """The norm with given moments per channel."""
+    scale = rstd if weight is None else rstd * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return affine(x, scale, shift)
+
+
+def grouped(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Group norm that keeps channels_last, where ATen's CPU kernel takes E[x^2] - E[x]^2 and loses everything at a large mean."""
+    if layout_of(x) != "nhwc" and x.dim() >= 2 and x.numel() > x.shape[0] * groups:
+        return F.group_norm(x, groups, weight, bias, eps)
+    n, c = x.shape[:2]
+    spatial = x.shape[2:]
+    split = x.unflatten(1, (groups, c // groups))
+    dims = list(range(2, split.dim()))
+    centred = split - split.mean(dims, keepdim=True)
+    var = centred.square().mean(dims, keepdim=True)
+    return affine((centred * (var + eps).rsqrt()).reshape(n, c, *spatial), weight, bias)
+
+
+def mean_square(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, eps_weight: Tensor | None) -> Tensor:
+    """Filter response norm: no mean, the mean square over the positions of each (n, c)."""
+    square = x.square()
+    second = square.mean(list(range(2, x.dim())), keepdim=True) if x.dim() > 2 else square
+    effective = eps if eps_weight is None else eps + _broadcast(eps_weight.abs(), x)
+    return affine(x * (second + effective).rsqrt(), weight, bias)
+
+
+def over_channels(x: Tensor, rule: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer or RMS norm over dim 1, keeping the memory format."""
+    channels_first = x.dim() > 2 and layout_of(x) != "nhwc"
+    rows = x.movedim(1, -1)
+    shape = (x.shape[1],)
+    if rule == RMS:
+        y = F.rms_norm(rows, shape, weight, eps)
+        y = y if bias is None else y + bias
+    else:
+        y = F.layer_norm(rows, shape, weight, bias, eps)
+    y = y.movedim(-1, 1)
+    return y.contiguous() if channels_first else y
+
+
+def normalize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps_weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    scope: str,
+    rule: str,
+    groups: int,
+    batch_statistics: bool,
+    eps: float,
+    momentum: float | None,
+) -> Tensor:
+    """z, the norm without residual and activation, in x's type (not a half type)."""
+    if not batch_statistics:
+        assert running_mean is not None and running_var is not None
+        mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+    if scope == CHANNEL:
+        return batch_norm(x, weight, bias, running_mean, running_var, counter, momentum, eps)
+    if scope == SAMPLE_GROUP:
+        if running_mean is not None or running_var is not None:
+            _track_instances(x, running_mean, running_var, counter, momentum)
+        if rule == RMS:
+            return mean_square(x, weight, bias, eps, eps_weight)
+        return grouped(x, groups, weight, bias, eps)
+    return over_channels(x, rule, weight, bias, eps)
+
+
+def _track_instances(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, counter: Tensor | None, momentum: float | None) -> None:
+    if counter is not None:
+        counter.add_(1)
+    with torch.no_grad():
+        flat = x.detach().flatten(2)
+        var, mean = torch.var_mean(flat, 2, correction=1)
+        update_running(running_mean, running_var, mean.mean(0), var.mean(0), counter, momentum)
+
+
+def norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act_weight: Tensor | None,
+    eps_weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    scope: str,
+    rule: str,
+    groups: int,
+    batch_statistics: bool,
+    eps: float,
+    momentum: float | None,
+    act: Activation,
+    residual_mode: str | None,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, h) with h = x + residual in pre_norm mode, else None. ``inplace`` reuses z's memory where autograd allows it."""
+    storage, wide = x.dtype, accumulation_dtype(x.dtype)
+    h = None
+    if residual_mode == PRE_NORM:
+        assert residual is not None
+        x = h = x + residual
+    z = normalize(
+        _widen(x, wide),  # type: ignore[arg-type]
+        _widen(weight, wide),
+        _widen(bias, wide),
+        _widen(eps_weight, wide),
+        running_mean,
+        running_var,
+        counter,
+        scope,
+        rule,
+        groups,
+        batch_statistics,
+        eps,
+        momentum,
+    )
+    # z may be x itself or a view of it where a norm has nothing to do; only fresh memory is written over
+    inplace = inplace and z.data_ptr() != x.data_ptr()
+    if residual_mode == PRE_ACT:
+        assert residual is not None
+        z = z.add_(residual) if inplace else z + residual
+    y = activate(z, act, act_weight, inplace=inplace)
+    if residual_mode == POST_ACT:
+        assert residual is not None
+        y = y + residual
+    return (y if y.dtype == storage else y.to(storage)), h
+
+
+def activate_add(z: Tensor, residual: Tensor | None, act: Activation, act_weight: Tensor | None, residual_mode: str | None) -> Tensor:
+    """act(z [+ residual]) [+ residual]: the epilogue alone."""
+    if residual_mode == PRE_ACT:
+        assert residual is not None
+        z = z + residual
+    y = activate(z, act, act_weight)
+    if residual_mode == POST_ACT:
+        assert residual is not None
+        y = y + residual
+    return y

@@ -1,0 +1,126 @@
+"""The three steps on ATen's kernels, one set per (n, c), in float32 or float64.
+
+ATen's batch-norm statistics kernel reads x (1, N*C, S) or one channels_last sample at a time and takes centred sums; its
+backward reduction gives sum_dz and sum_dz_xc in one pass. Coefficients are (N, C).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...activations import grad_activate_from_y
+from ...problem import NHWC, POST_ACT, PRE_ACT, Problem
+from .activation import activate_, grad_activate_
+
+# Below this many elements a sample, one call a sample costs more than a temporary tensor (measured on 2 cores)
+_ELEMENTS_FOR_OWN_CALL = 32768
+
+
+def _slices(p: Problem, x: Tensor) -> Tensor:
+    """(1, N*C, S) of a tensor dense in nchw."""
+    return x.reshape(1, p.N * p.C, p.S)
+
+
+def _pixels(p: Problem, x: Tensor) -> Tensor:
+    """(N, S, C) of a tensor dense in nhwc."""
+    return x.movedim(1, -1).reshape(p.N, p.S, p.C)
+
+
+def _sample_by_sample(p: Problem, x: Tensor) -> bool:
+    return x.device.type == "cpu" and p.C * p.S >= _ELEMENTS_FOR_OWN_CALL and x.dim() in (4, 5)
+
+
+def moments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (N, C)."""
+    if p.S == 1:
+        return x.reshape(p.N, p.C).clone(), x.new_zeros(p.N, p.C)
+    if p.layout == NHWC:
+        if _sample_by_sample(p, x):
+            pairs = [torch.batch_norm_update_stats(x[n : n + 1], None, None, 0.0) for n in range(p.N)]
+            return torch.stack([mean for mean, _ in pairs]), torch.stack([var for _, var in pairs])
+        pixels = _pixels(p, x)
+        mean = pixels.mean(1)
+        return mean, (pixels - mean.unsqueeze(1)).square_().mean(1)
+    if x.device.type == "cpu":
+        mean, var = torch.batch_norm_update_stats(_slices(p, x), None, None, 0.0)
+    else:
+        var, mean = torch.var_mean(_slices(p, x), (0, 2), correction=0)
+    return mean.view(p.N, p.C), var.view(p.N, p.C)
+
+
+def mean_square(p: Problem, x: Tensor) -> Tensor:
+    """Mean of x^2, (N, C)."""
+    if p.layout == NHWC:
+        return _pixels(p, x).square().mean(1)
+    return torch.linalg.vector_norm(x.reshape(p.N, p.C, p.S), dim=2).square_() / p.S
+
+
+def over_positions(p: Problem, coefficient: Tensor, x: Tensor) -> Tensor:
+    return coefficient.view(p.N, p.C, *[1] * (x.dim() - 2))
+
+
+def pre_activation(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+    """z in new memory of x's layout."""
+    z = torch.addcmul(over_positions(p, shift, x), x, over_positions(p, scale, x), out=torch.empty_like(x))
+    return z.add_(residual) if p.residual_mode == PRE_ACT and residual is not None else z
+
+
+def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None) -> Tensor:
+    y = activate_(pre_activation(p, x, residual, scale, shift), p.act, act_weight)
+    if p.residual_mode == POST_ACT:
+        assert residual is not None
+        y += residual
+    return y
+
+
+def activation_gradient(
+    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(dz, gradient of act_weight)."""
+    if p.act.name == "identity":
+        return dy, None
+    if p.z_source == "y":
+        assert z_source is not None
+        return grad_activate_from_y(dy, z_source, p.act), None
+    dz, dweight = grad_activate_(dy, pre_activation(p, x, z_source, scale, shift), p.act, act_weight)
+    if dweight is None or act_weight is None:
+        return dz, None
+    dims = [d for d in range(x.dim()) if d != 1]
+    summed = dweight.sum(dims) if act_weight.numel() > 1 else dweight.sum()
+    return dz, summed.reshape(act_weight.shape).to(act_weight.dtype)
+
+
+def grad_moments(p: Problem, dz: Tensor, x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum_dz, sum_dz_xc), (N, C), centred at ``centre`` (N, C)."""
+    if x.device.type == "cpu" and p.layout != NHWC:
+        return _reduce(_slices(p, dz), _slices(p, x), centre.reshape(-1), p)
+    if p.layout == NHWC and _sample_by_sample(p, x):
+        pairs = [_reduce(dz[n : n + 1], x[n : n + 1], centre[n], p) for n in range(p.N)]
+        return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
+    dims = list(range(2, x.dim()))
+    if not dims:
+        return dz, dz * (x - centre)
+    return dz.sum(dims), (x - over_positions(p, centre, x)).mul_(dz).sum(dims)
+
+
+def _reduce(dz: Tensor, x: Tensor, centre: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
+    ones = torch.ones_like(centre)
+    _, sum_dz_xc, sum_dz = torch.ops.aten.native_batch_norm_backward(
+        dz, x, ones, None, None, centre, ones, True, 0.0, [False, True, True]
+    )
+    rows = -1 if p.layout == NHWC else p.N
+    return sum_dz.view(rows, p.C), sum_dz_xc.view(rows, p.C)
+
+
+def grad_apply(p: Problem, dz: Tensor, x: Tensor, centre: Tensor | None, dz_scale: Tensor, q: Tensor | None, r: Tensor | None) -> Tensor:
+    """dx = dz_scale*dz + q*(x - centre) + r; without q it is the first term alone."""
+    scaled = over_positions(p, dz_scale, x)
+    if q is None:
+        return torch.mul(dz, scaled, out=torch.empty_like(x))
+    if r is None:
+        dx = torch.mul(x, over_positions(p, q, x), out=torch.empty_like(x))
+    else:
+        offset = r if centre is None else torch.addcmul(r, q, centre, value=-1)
+        dx = torch.addcmul(over_positions(p, offset, x), x, over_positions(p, q, x), out=torch.empty_like(x))
+    return dx.addcmul_(dz, scaled)

@@ -1,0 +1,103 @@
+"""Why a call runs where it runs: `explain` traces one forward on copies and reports what it saw."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch, ops
+from .activations import Composed, from_module
+
+_PATHS = {
+    "fused": "the backend's kernels; saves x and the moments",
+    "composite": "ATen's own kernels, differentiable",
+    "slices": "moments -> the rule in PyTorch -> apply",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; ``str()`` of it is the report. ``saved_bytes`` counts what autograd keeps beside parameters and x itself."""
+
+    name: str
+    backend: str
+    path: str
+    scope: str
+    rule: str
+    act: str
+    residual_mode: str | None
+    composed: str | None
+    rejected: dict[str, str]
+    saved_bytes: int
+    input_bytes: int
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name}: backend {self.backend}, {self.path} ({_PATHS[self.path]})",
+            f"  scope {self.scope}, rule {self.rule}, activation {self.act}"
+            + (f", residual {self.residual_mode}" if self.residual_mode else ""),
+            f"  saved for the backward beside x and parameters: {self.saved_bytes:,} bytes (x: {self.input_bytes:,})",
+        ]
+        if self.composed:
+            lines.append(f"  {self.composed} is not one of the fused activations: composed after the norm, an extra pass over memory")
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
+        return "\n".join(lines)
+
+
+def explain(layer_or_function: nn.Module | Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend and path a layer or function of this library takes for ``x``, why not the others, and what it saves.
+
+    Args:
+        layer_or_function: a layer, which is copied, so that its statistics do not move, or a function of `normfused.functional`.
+        x: the input; further arguments are passed on.
+
+    Returns:
+        `Explanation`; print it.
+
+    Raises:
+        ValueError: nothing of this library ran. Whatever the call itself raises.
+    """
+    target, name = layer_or_function, getattr(layer_or_function, "__name__", type(layer_or_function).__name__)
+    composed = None
+    if isinstance(target, nn.Module):
+        act = getattr(target, "act", None)
+        if isinstance(act, nn.Module) and from_module(act) is None:
+            composed = act.extra_repr() if isinstance(act, Composed) else type(act).__name__
+        target = copy.deepcopy(target)
+    leaf = x.detach().requires_grad_()
+    known = {leaf.untyped_storage().data_ptr(), x.untyped_storage().data_ptr()}
+    if isinstance(target, nn.Module):
+        known |= {t.untyped_storage().data_ptr() for t in (*target.parameters(), *target.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        pointer = t.untyped_storage().data_ptr()
+        if pointer not in known:
+            saved[pointer] = t.untyped_storage().nbytes()
+        return t
+
+    copied = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+    copied_by_name = {k: a.detach().clone() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
+    before, ops.trace = ops.trace, []
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            target(leaf, *copied, **copied_by_name)
+        seen = ops.trace
+    finally:
+        ops.trace = before
+    if not seen:
+        raise ValueError(f"explain: {name} ran no operation of normfused")
+    backend, path, scope, rule, activation, residual_mode = seen[0]
+    rejected = {
+        other: reason or ("only when it is named" if other == "reference" else f"auto takes {backend} for {x.device.type} tensors")
+        for other, reason in dispatch.reasons(x.device.type, x.dtype).items()
+        if other != backend
+    }
+    return Explanation(
+        name, backend, path, scope, rule, str(activation), residual_mode, composed, rejected, sum(saved.values()), x.numel() * x.element_size()
+    )

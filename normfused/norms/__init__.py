@@ -1,0 +1,1 @@
+"""One file a norm: its function, its layers, their docstrings."""

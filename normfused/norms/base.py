@@ -1,0 +1,174 @@
+"""What every norm shares: resolving the activation, checking the residual, and the part of a layer that is not torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, dispatch, ops
+from ..activations import IDENTITY, Activation, ActivationLike, Composed, from_module, module_of, parse, weight_of
+from ..problem import POST_ACT, PRE_ACT, PRE_NORM
+
+RESIDUAL_MODES = (PRE_ACT, POST_ACT)
+RESIDUAL_MODES_ROWS = (PRE_ACT, POST_ACT, PRE_NORM)
+
+_autocast_policy = "keep"
+
+
+def set_autocast_policy(policy: str) -> None:
+    """What layer, group and RMS norm do with half inputs under CUDA autocast.
+
+    ``"keep"`` (default): the output has the input's type; sums and coefficients are float32 inside. ``"torch"``: the input is
+    cast to float32 and so is the output, as ``torch.nn`` does. Batch and instance norm keep the type under both, as torch's do.
+    """
+    global _autocast_policy
+    if policy not in ("keep", "torch"):
+        raise ValueError(f"set_autocast_policy: policy must be 'keep' or 'torch', got {policy!r}")
+    _autocast_policy = policy
+
+
+def get_autocast_policy() -> str:
+    """The policy set by `set_autocast_policy`."""
+    return _autocast_policy
+
+
+def upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in float32 where policy "torch" wants that, else as they are; the first decides."""
+    x = tensors[0]
+    if _autocast_policy == "torch" and isinstance(x, Tensor) and x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return tuple(t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors)
+    return tensors
+
+
+def resolve_act(op: str, act: ActivationLike, act_param: Tensor | None, x: Tensor, channels: int) -> tuple[Activation, Tensor | None, Any]:
+    """(fused activation, its tensor, callable to compose after the norm or None)."""
+    composed: Any = None
+    if type(act) is Activation:
+        fused = act
+    elif isinstance(act, nn.Module):
+        found = from_module(act)
+        if found is None:
+            fused, composed = IDENTITY, act
+        else:
+            fused = found
+            if act_param is None:
+                act_param = weight_of(act)
+    else:
+        parsed = parse(act)
+        if isinstance(parsed, Activation):
+            fused = parsed
+        else:
+            fused, composed = IDENTITY, parsed
+    if fused.takes_weight:
+        checks.act_weight(op, act_param, x, channels, fused.name)
+        return fused, act_param, composed
+    return fused, None, composed
+
+
+def call(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scope: str,
+    rule: str,
+    groups: int,
+    eps: float,
+    act: ActivationLike,
+    act_param: Tensor | None,
+    residual: Tensor | None,
+    residual_mode: str,
+    backend: str | None,
+    *,
+    modes: tuple[str, ...] = RESIDUAL_MODES,
+    eps_weight: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    counter: Tensor | None = None,
+    batch_statistics: bool = True,
+    momentum: float | None = 0.0,
+) -> Any:
+    """Run a checked norm on x (N, C, *); (y, h) in pre_norm mode, else y."""
+    fused, act_weight, composed = resolve_act(op, act, act_param, x, x.shape[1])
+    if residual_mode not in modes:
+        raise ValueError(f"{op}: residual_mode must be one of {', '.join(modes)}, got {residual_mode!r}")
+    mode: str | None = None
+    if residual is not None:
+        checks.residual(op, residual, x)
+        mode = residual_mode
+    added_after = None
+    if composed is not None and mode == POST_ACT:
+        added_after, residual, mode = residual, None, None
+    y, h = ops.norm_act(
+        x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
+        scope, rule, groups, batch_statistics, eps, momentum, fused, mode, backend,
+    )  # fmt: skip
+    if composed is not None:
+        y = composed(y)
+        if added_after is not None:
+            y = y + added_after
+    if residual_mode == PRE_NORM:
+        return y, (x if h is None else h)
+    return y
+
+
+class NormActMixin:
+    """The part of a layer that torch's class does not have: ``act`` (a child module or None), ``residual_mode``, ``backend``."""
+
+    act: nn.Module | None
+    residual_mode: str
+    backend: str | None
+
+    def _init_act(
+        self,
+        channels: int,
+        act: ActivationLike,
+        residual_mode: str,
+        backend: str | None,
+        device: Any,
+        dtype: Any,
+        *,
+        bias: bool = True,
+        modes: tuple[str, ...] = RESIDUAL_MODES,
+    ) -> None:
+        module = cast(nn.Module, self)
+        name = type(self).__name__
+        if residual_mode not in modes:
+            raise ValueError(f"{name}: residual_mode must be one of {', '.join(modes)}, got {residual_mode!r}")
+        if backend is not None and backend not in ("auto", *dispatch.BACKENDS):
+            raise ValueError(f"{name}: unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")
+        checks.eps(name, getattr(self, "eps", None) or 0.0)
+        if not bias:
+            # torch has bias= for these layers from 2.13 on; this is the same on every version
+            module.register_parameter("bias", None)
+        self.act = module_of(act, channels, device, dtype)
+        self.residual_mode = residual_mode
+        self.backend = backend
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, running statistics 0 and 1, whichever there are; the activation's own parameters are left alone."""
+        reset_running_stats: Callable[[], None] | None = getattr(self, "reset_running_stats", None)
+        if reset_running_stats is not None:
+            reset_running_stats()
+        if getattr(self, "weight", None) is not None:
+            nn.init.ones_(cast(Tensor, self.weight))  # type: ignore[attr-defined]
+        if getattr(self, "bias", None) is not None:
+            nn.init.zeros_(cast(Tensor, self.bias))  # type: ignore[attr-defined]
+
+    def extra_repr(self) -> str:
+        own = ["fused"]
+        act = getattr(self, "act", None)
+        if act is not None:
+            found = from_module(act)
+            own.append(f"act={found}" if found is not None else f"act={act.extra_repr() if isinstance(act, Composed) else type(act).__name__} (composed)")
+        if self.residual_mode != PRE_ACT:
+            own.append(f"residual_mode={self.residual_mode}")
+        if self.backend not in (None, "auto"):
+            own.append(f"backend={self.backend}")
+        return ", ".join([super().extra_repr(), *own])  # type: ignore[misc]
+
+    def _act_arguments(self) -> tuple[ActivationLike, Tensor | None]:
+        return self.act, None

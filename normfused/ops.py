@@ -1,0 +1,742 @@
+"""Operators, their fake kernels, and autograd: once, for all norms and backends.
+
+A call goes one of two ways. *Fused*: `NormAct`, an autograd Function over the operators ``normfused::norm_act`` and
+``normfused::norm_act_backward``, which run a backend's kernels and save x and the moments. *Composite*: differentiable ATen
+operations (`backends.torch.composite`), wherever autograd or a tracer must see through the norm, and on the torch backend
+wherever ATen's own kernel is accurate. Rules written in PyTorch go through `SliceNormAct` and four more operators.
+
+The operators take plain numbers and strings, so that one schema serves every norm; the backend's name travels with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import dispatch
+from .activations import Activation, grad_activate_from_y
+from .backends.torch import composite
+from .problem import CHANNEL, NHWC, POSITION, POST_ACT, PRE_ACT, PRE_NORM, RMS, SAMPLE_GROUP, Problem, accumulation_dtype, dense, layout_of
+
+__all__ = ["NormAct", "SliceNormAct", "norm_act", "slice_norm_act"]
+
+_STATIC = "str scope, str rule, int groups, bool batch_statistics, float eps, float? momentum, str act, float p0, float p1, str? residual_mode, str backend"
+_library = torch.library.Library("normfused", "DEF")
+_library.define(
+    "norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? act_weight, Tensor? eps_weight,"
+    f" Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, {_STATIC})"
+    " -> (Tensor y, Tensor mean, Tensor rstd, Tensor h)"
+)
+_library.define(
+    "norm_act_backward(Tensor dy, Tensor? dh, Tensor x, Tensor? z_source, Tensor? weight, Tensor? bias, Tensor? act_weight,"
+    f" Tensor? eps_weight, Tensor mean, Tensor rstd, {_STATIC}, bool need_x, bool need_residual, bool need_parameters)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dact_weight, Tensor deps_weight)"
+)
+_ACT = "str act, float p0, float p1, str? residual_mode, str backend"
+_library.define("moments(Tensor x, str backend) -> (Tensor mean, Tensor var)")
+_library.define(f"apply(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor? act_weight, {_ACT}) -> Tensor")
+_library.define(
+    "grad_moments(Tensor dy, Tensor x, Tensor? z_source, Tensor mean, Tensor scale, Tensor shift, Tensor? act_weight,"
+    f" {_ACT}) -> (Tensor sum_dz, Tensor sum_dz_xc, Tensor dact_weight)"
+)
+_library.define(
+    "grad_apply(Tensor dy, Tensor x, Tensor? z_source, Tensor mean, Tensor scale, Tensor shift, Tensor? act_weight,"
+    f" Tensor dz_scale, Tensor q, Tensor r, {_ACT}, bool need_x, bool need_residual) -> (Tensor dx, Tensor dresidual)"
+)
+
+
+def _problem(
+    x: Tensor,
+    scope: str,
+    rule: str,
+    groups: int,
+    batch_statistics: bool,
+    eps: float,
+    momentum: float | None,
+    act: str,
+    p0: float,
+    p1: float,
+    residual_mode: str | None,
+) -> Problem:
+    n, c = x.shape[0], x.shape[1]
+    layout = layout_of(x)
+    assert layout is not None
+    return Problem(
+        scope=scope,
+        rule=rule,
+        N=n,
+        C=c,
+        S=x.numel() // (n * c) if n * c else 0,
+        groups=groups,
+        layout=layout,
+        dtype=x.dtype,
+        device=x.device,
+        eps=eps,
+        momentum=momentum,
+        batch_statistics=batch_statistics,
+        act=Activation(act, p0, p1),
+        residual_mode=residual_mode,
+    )
+
+
+def _slices(x: Tensor, act: str = "identity", p0: float = 0.0, p1: float = 0.0, residual_mode: str | None = None) -> Problem:
+    return _problem(x, SAMPLE_GROUP, "standard", x.shape[1], True, 0.0, None, act, p0, p1, residual_mode)
+
+
+def _layout_like(t: Tensor | None, p: Problem) -> Tensor | None:
+    return None if t is None else dense(t, p.layout)
+
+
+def _moments_shape(x: Tensor, scope: str, groups: int) -> list[Any]:
+    if scope == CHANNEL:
+        return [x.shape[1]]
+    if scope == SAMPLE_GROUP:
+        return [x.shape[0], groups]
+    spatial = 1
+    for size in x.shape[2:]:
+        spatial = spatial * size
+    return [x.shape[0], spatial]
+
+
+# ------------------------------------------------------------------------------------------------- real kernels
+def _norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act_weight: Tensor | None,
+    eps_weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    *static: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *numbers, backend = static
+    x = dense(x)
+    p = _problem(x, *numbers)
+    y, mean, rstd, h = dispatch.load(backend).norm_act(
+        p,
+        x,
+        _layout_like(residual, p),
+        _flat(weight),
+        _flat(bias),
+        _flat(act_weight),
+        _flat(eps_weight),
+        running_mean,
+        running_var,
+        counter,
+    )
+    return y, mean, rstd, x.new_empty(0) if h is None else h
+
+
+def _norm_act_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    x: Tensor,
+    z_source: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act_weight: Tensor | None,
+    eps_weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *static: Any,
+) -> tuple[Tensor, ...]:
+    *numbers, backend, need_x, need_residual, need_parameters = static
+    x = dense(x)
+    p = _problem(x, *numbers)
+    gradients = dispatch.load(backend).norm_act_backward(
+        p,
+        _layout_like(dy, p),
+        _layout_like(dh, p),
+        x,
+        _layout_like(z_source, p),
+        _flat(weight),
+        _flat(bias),
+        _flat(act_weight),
+        _flat(eps_weight),
+        mean,
+        rstd,
+        (need_x, need_residual, need_parameters),
+    )
+    shapes = (x, x, weight, bias, act_weight, eps_weight)
+    needed = (need_x, need_residual, *(need_parameters,) * 4)
+    return tuple(
+        g.reshape(like.shape) if need and g is not None and like is not None else x.new_empty(0)
+        for g, like, need in zip(gradients, shapes, needed, strict=True)
+    )
+
+
+def _flat(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.reshape(-1).contiguous()
+
+
+def _moments(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    x = dense(x)
+    mean, var = dispatch.load(backend).moments(_slices(x), x)
+    return mean, var
+
+
+def _apply(x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None, *static: Any) -> Tensor:
+    *act, backend = static
+    x = dense(x)
+    p = _slices(x, *act)
+    y: Tensor = dispatch.load(backend).apply(p, x, _layout_like(residual, p), scale.contiguous(), shift.contiguous(), _flat(act_weight))
+    return y
+
+
+def _grad_moments(
+    dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None, *static: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *act, backend = static
+    x = dense(x)
+    p = _slices(x, *act)
+    sum_dz, sum_dz_xc, dact_weight = dispatch.load(backend).grad_moments(
+        p, _layout_like(dy, p), x, _layout_like(z_source, p), mean, scale.contiguous(), shift.contiguous(), _flat(act_weight)
+    )
+    if dact_weight is None or act_weight is None:
+        return sum_dz, sum_dz_xc, x.new_empty(0)
+    return sum_dz, sum_dz_xc, dact_weight.reshape(act_weight.shape)
+
+
+def _grad_apply(
+    dy: Tensor,
+    x: Tensor,
+    z_source: Tensor | None,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    act_weight: Tensor | None,
+    dz_scale: Tensor,
+    q: Tensor,
+    r: Tensor,
+    *static: Any,
+) -> tuple[Tensor, Tensor]:
+    *act, backend, need_x, need_residual = static
+    x = dense(x)
+    p = _slices(x, *act)
+    dx, dresidual = dispatch.load(backend).grad_apply(
+        p,
+        _layout_like(dy, p),
+        x,
+        _layout_like(z_source, p),
+        mean,
+        *(t.contiguous() for t in (scale, shift)),
+        _flat(act_weight),
+        *(t.contiguous() for t in (dz_scale, q, r)),
+        (need_x, need_residual, False),
+    )
+    return (
+        dx if need_x and dx is not None else x.new_empty(0),
+        dresidual if need_residual and dresidual is not None else x.new_empty(0),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- fake kernels
+def _empty_like(x: Tensor) -> Tensor:
+    """What the kernels return for x: its strides if it is dense, else contiguous."""
+    return torch.empty_like(x) if layout_of(x) is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fake_norm_act(x: Tensor, residual: Any, weight: Any, bias: Any, act_weight: Any, eps_weight: Any, rm: Any, rv: Any, nbt: Any, *static: Any) -> Any:
+    scope, rule, groups, residual_mode = static[0], static[1], static[2], static[-2]
+    shape, wide = _moments_shape(x, scope, groups), accumulation_dtype(x.dtype)
+    mean = x.new_empty([0] if rule == RMS else shape, dtype=wide)
+    h = _empty_like(x) if residual_mode == PRE_NORM else x.new_empty(0)
+    return _empty_like(x), mean, x.new_empty(shape, dtype=wide), h
+
+
+def _fake_norm_act_backward(
+    dy: Any, dh: Any, x: Tensor, z_source: Any, weight: Any, bias: Any, act_weight: Any, eps_weight: Any, mean: Any, rstd: Any, *static: Any
+) -> Any:
+    *_, need_x, need_residual, need_parameters = static
+    empty = x.new_empty(0)
+
+    def parameter(t: Tensor | None) -> Tensor:
+        return torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need_parameters else x.new_empty(0)
+
+    return (
+        _empty_like(x) if need_x else empty,
+        _empty_like(x) if need_residual else x.new_empty(0),
+        *(parameter(t) for t in (weight, bias, act_weight, eps_weight)),
+    )
+
+
+def _fake_moments(x: Tensor, backend: str) -> Any:
+    wide = accumulation_dtype(x.dtype)
+    return x.new_empty(x.shape[:2], dtype=wide), x.new_empty(x.shape[:2], dtype=wide)
+
+
+def _fake_apply(x: Tensor, *rest: Any) -> Tensor:
+    return _empty_like(x)
+
+
+def _fake_grad_moments(dy: Any, x: Tensor, z_source: Any, mean: Tensor, scale: Any, shift: Any, act_weight: Tensor | None, *static: Any) -> Any:
+    dact_weight = x.new_empty(0) if act_weight is None else torch.empty_like(act_weight)
+    return torch.empty_like(mean), torch.empty_like(mean), dact_weight
+
+
+def _fake_grad_apply(dy: Any, x: Tensor, *static: Any) -> Any:
+    *_, need_x, need_residual = static
+    return _empty_like(x) if need_x else x.new_empty(0), _empty_like(x) if need_residual else x.new_empty(0)
+
+
+for _name, _real, _fake in (
+    ("norm_act", _norm_act, _fake_norm_act),
+    ("norm_act_backward", _norm_act_backward, _fake_norm_act_backward),
+    ("moments", _moments, _fake_moments),
+    ("apply", _apply, _fake_apply),
+    ("grad_moments", _grad_moments, _fake_grad_moments),
+    ("grad_apply", _grad_apply, _fake_grad_apply),
+):
+    _library.impl(_name, _real, "CPU")
+    _library.impl(_name, _real, "CUDA")
+    torch.library.register_fake(f"normfused::{_name}", _fake, lib=_library)
+
+_ops = torch.ops.normfused
+trace: list[tuple[str, str, str, str, Activation, str | None]] | None = None  # `explain` listens here
+
+
+# ------------------------------------------------------------------------------------------------------ autograd
+def _apply_function(function: Any, *arguments: Any) -> Any:
+    """Function.apply without the signature binding that setup_context costs it (40 us against 6, measured)."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
+
+
+def _none_if_empty(gradient: Tensor, like: Tensor | None) -> Tensor | None:
+    return None if like is None or (gradient.numel() == 0 and like.numel() != 0) else gradient
+
+
+class NormAct(torch.autograd.Function):
+    """A whole norm. Saves x (in pre_norm mode h), the moments, the parameters, and what `Problem.z_source` names; never the running statistics."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        act_weight: Tensor | None,
+        eps_weight: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        counter: Tensor | None,
+        *static: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if static[-1] == "torch" and _recomputes(x):
+            return _forward_recomputed(x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, *static)
+        out: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.norm_act(
+            x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, *static
+        )
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, residual, weight, bias, act_weight, eps_weight, _, _, _, *static = inputs
+        y, mean, rstd, h = output
+        scope, _, _, _, _, _, act, p0, p1, residual_mode, _ = static
+        z_source = None
+        if residual_mode == PRE_ACT and act != "identity":
+            z_source = y if Activation(act, p0, p1).derivative_from_y(x.dtype) else residual
+        ctx.static = static
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h if residual_mode == PRE_NORM else x, z_source, weight, bias, act_weight, eps_weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        if residual_mode != PRE_NORM:
+            ctx.mark_non_differentiable(h)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy, _, _, dh = upstream
+        x, z_source, weight, bias, act_weight, eps_weight, mean, rstd = ctx.saved_tensors
+        static = ctx.static
+        residual_mode = static[9]
+        needs = ctx.needs_input_grad
+        none = (None,) * (3 + len(static))
+        if dy is None:  # only h, or nothing, was used
+            return (dh, dh, None, None, None, None, *none)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() or (static[-1] == "torch" and _recomputes(x)):
+            return (*_differentiable_backward(dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, static, needs), *none)
+        dresidual = None
+        own_residual = residual_mode == PRE_ACT and needs[1]
+        if residual_mode == POST_ACT or (own_residual and static[6] == "identity"):
+            dresidual, own_residual = dy, False
+        dx, dz, *parameters = _ops.norm_act_backward(
+            dy,
+            dh,
+            x,
+            z_source,
+            weight,
+            bias,
+            act_weight,
+            eps_weight,
+            mean,
+            rstd,
+            *static,
+            needs[0] or (residual_mode == PRE_NORM and needs[1]),
+            own_residual,
+            any(needs[2:6]),
+        )
+        if own_residual:
+            dresidual = dz
+        elif residual_mode == PRE_NORM:
+            dresidual = dx
+        of = (weight, bias, act_weight, eps_weight)
+        return (dx, dresidual, *(_none_if_empty(g, t) for g, t in zip(parameters, of, strict=True)), *none)
+
+
+def _recomputes(x: Tensor) -> bool:
+    """The torch backend runs half types in float32 and recomputes the norm in the backward: it saves x alone and rounds once."""
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _forward_recomputed(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight, bias, act_weight, eps_weight, running_mean, running_var, counter, *static = rest
+    scope, rule, groups, batch_statistics, eps, momentum, act, p0, p1, residual_mode, _ = static
+    y, h = composite.norm_act(
+        x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
+        scope, rule, groups, batch_statistics, eps, momentum, Activation(act, p0, p1), residual_mode,
+    )  # fmt: skip
+    empty = x.new_empty(0)
+    if batch_statistics:
+        return y, empty, x.new_empty(0), x.new_empty(0) if h is None else h
+    mean = running_mean.to(torch.float32, copy=True)
+    return y, mean, (running_var.to(torch.float32) + eps).rsqrt(), empty
+
+
+def _own_node(t: Tensor | None, connected: bool) -> Tensor | None:
+    """t as a graph node of its own, so that a gradient with respect to it does not run on through what t depends on."""
+    if t is None:
+        return None
+    return t.view_as(t) if connected and t.requires_grad else t.detach().requires_grad_()
+
+
+def _differentiable_backward(
+    dy: Tensor,
+    dh: Tensor | None,
+    x: Tensor,
+    z_source: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act_weight: Tensor | None,
+    eps_weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    static: list[Any],
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The backward as differentiable operations: the vector-Jacobian product of the composite, recomputed from what was saved."""
+    scope, rule, groups, batch_statistics, eps, _, act_name, p0, p1, residual_mode, _ = static
+    act = Activation(act_name, p0, p1)
+    create_graph = torch.is_grad_enabled()
+    dresidual = None
+    if residual_mode == POST_ACT:
+        dresidual = dy
+    upstream, epilogue_mode = dy, residual_mode
+    if residual_mode == PRE_ACT and (z_source is None or act.derivative_from_y(x.dtype)):
+        # y was saved in place of the residual; it is an output, so its own history carries the second derivative
+        if z_source is not None:
+            upstream = grad_activate_from_y(dy, z_source, act)
+        dresidual, act, epilogue_mode = upstream, Activation("identity"), None
+    elif residual_mode != PRE_ACT:
+        epilogue_mode = None
+    inputs: list[Tensor | None] = [x, z_source if epilogue_mode == PRE_ACT else None, weight, bias, act_weight, eps_weight]
+    with torch.enable_grad():
+        leaves = [_own_node(t, create_graph) for t in inputs]
+        xl, rl, wl, bl, al, el = leaves
+        assert xl is not None
+        if batch_statistics:
+            y, _ = composite.norm_act(
+                xl, rl, wl, bl, al, el, None, None, None, scope, rule, groups, True, eps, None, act, epilogue_mode
+            )  # fmt: skip
+        else:
+            wide = rstd.dtype
+            z = composite.frozen(xl.to(wide), None if wl is None else wl.to(wide), None if bl is None else bl.to(wide), mean, rstd)
+            y = composite.activate_add(z, rl, act, al, epilogue_mode).to(x.dtype)
+        wanted = [t for t, need in zip(leaves, needs[:6], strict=True) if t is not None and (need or t is xl)]
+        found = iter(torch.autograd.grad(y, wanted, upstream, create_graph=create_graph, allow_unused=True))
+    gradients = [next(found) if t is not None and (need or t is xl) else None for t, need in zip(leaves, needs[:6], strict=True)]
+    dx = gradients[0]
+    if dh is not None and dx is not None:
+        dx = dx + dh
+    if residual_mode == PRE_NORM:
+        dresidual = dx
+    elif gradients[1] is not None:
+        dresidual = gradients[1]
+    return (dx, dresidual, *gradients[2:])
+
+
+def _see_through() -> bool:
+    """Whether something must see through the norm: a functorch transform, forward-mode AD, export."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting()
+
+
+def norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act_weight: Tensor | None,
+    eps_weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    scope: str,
+    rule: str,
+    groups: int,
+    batch_statistics: bool,
+    eps: float,
+    momentum: float | None,
+    act: Activation,
+    residual_mode: str | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, h) of a checked call; the one door to every backend."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        # "keep": the composite must not be upcast behind our back; policy "torch" has cast before it came here
+        with torch.autocast(kind, enabled=False):
+            return _norm_act_any(
+                x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
+                scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, backend,
+            )  # fmt: skip
+    return _norm_act_any(
+        x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
+        scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, backend,
+    )  # fmt: skip
+
+
+def _norm_act_any(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act_weight: Tensor | None,
+    eps_weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    counter: Tensor | None,
+    scope: str,
+    rule: str,
+    groups: int,
+    batch_statistics: bool,
+    eps: float,
+    momentum: float | None,
+    act: Activation,
+    residual_mode: str | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    name = dispatch.choose(x.device.type, x.dtype, backend)
+    if trace is not None:
+        trace.append((name, path(x, name, scope, rule), scope, rule, act, residual_mode))
+    if x.numel() == 0:
+        return _empty_batch(x, residual, weight, bias, act_weight, eps_weight, counter, batch_statistics, act, residual_mode)
+    if path(x, name, scope, rule) == "composite":
+        inplace = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+        return composite.norm_act(
+            x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
+            scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, inplace and type(x) is Tensor,
+        )  # fmt: skip
+    x = dense(x)
+    if residual is not None:
+        residual = dense(residual, layout_of(x))
+    y, _, _, h = _apply_function(
+        NormAct,
+        x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
+        scope, rule, groups, batch_statistics, eps, momentum, act.name, act.p0, act.p1, residual_mode, name,
+    )  # fmt: skip
+    return y, (h if residual_mode == PRE_NORM else None)
+
+
+def path(x: Tensor, backend: str, scope: str, rule: str) -> str:
+    """``"fused"`` or ``"composite"`` (module docstring); also what `explain` reports."""
+    if _see_through() or x.device.type == "meta":
+        return "composite"
+    if backend != "torch":
+        return "fused"
+    if torch.compiler.is_compiling():
+        return "composite"
+    if _recomputes(x):
+        return "fused"
+    # ATen has no kernel for FRN, copies instance norm's channels_last input, and is inaccurate for group norm's
+    return "fused" if scope == SAMPLE_GROUP and (rule == RMS or layout_of(x) == NHWC) else "composite"
+
+
+def _empty_batch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act_weight: Tensor | None,
+    eps_weight: Tensor | None,
+    counter: Tensor | None,
+    batch_statistics: bool,
+    act: Activation,
+    residual_mode: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """No elements: empty y, zero parameter gradients, running statistics as they were, the counter one further."""
+    if counter is not None and batch_statistics:
+        counter.add_(1)
+    y = x + residual if residual is not None else x.clone()
+    h = y if residual_mode == PRE_NORM else None
+    for parameter in (weight, bias, act_weight, eps_weight):
+        if parameter is not None:
+            y = y + (parameter.sum() * 0).to(y.dtype)
+    return y, h
+
+
+# ------------------------------------------------------------------------- rules written in PyTorch (route "slices")
+Rule = Callable[..., tuple[Tensor, Tensor]]
+
+
+class SliceNormAct(torch.autograd.Function):
+    """moments -> the user's rule on (N, C) tensors -> apply; backward with the rule's own vjp between the two big passes."""
+
+    @staticmethod
+    def forward(
+        rule: Rule, x: Tensor, residual: Tensor | None, act_weight: Tensor | None, act: str, p0: float, p1: float,
+        residual_mode: str | None, backend: str, *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        mean, var = _ops.moments(x, backend)
+        scale, shift = _coefficients(rule, mean, var, parameters)
+        y = _ops.apply(x, residual, scale, shift, act_weight, act, p0, p1, residual_mode, backend)
+        return y, mean, var, scale, shift
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        rule, x, residual, act_weight, act, p0, p1, residual_mode, backend, *parameters = inputs
+        y, mean, var, scale, shift = output
+        z_source = None
+        if residual_mode == PRE_ACT and act != "identity":
+            z_source = y if Activation(act, p0, p1).derivative_from_y(x.dtype) else residual
+        ctx.rule, ctx.static = rule, (act, p0, p1, residual_mode, backend)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, var, scale, shift)
+        ctx.save_for_backward(x, z_source, act_weight, mean, var, scale, shift, *parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        dy = upstream[0]
+        x, z_source, act_weight, mean, var, scale, shift, *parameters = ctx.saved_tensors
+        if dy is None:
+            return (None,) * (9 + len(parameters))
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            return _differentiable_slice_backward(ctx.rule, dy, x, z_source, act_weight, parameters, ctx.static, needs)
+        act, _, _, residual_mode, _ = ctx.static
+        sum_dz, sum_dz_xc, dact_weight = _ops.grad_moments(dy, x, z_source, mean, scale, shift, act_weight, *ctx.static)
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (mean, var, *parameters)]
+            coefficients = _coefficients(ctx.rule, leaves[0], leaves[1], leaves[2:])
+            pairs = [
+                (c, g) for c, g in zip(coefficients, (sum_dz_xc + mean * sum_dz, sum_dz), strict=True) if c.requires_grad
+            ]  # a rule may return a constant
+            gradients = (
+                torch.autograd.grad([c for c, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(leaves)
+            )
+        spatial = x.numel() // (x.shape[0] * x.shape[1])
+        zero = torch.zeros_like(mean)
+        dmean, dvar = (zero if g is None else g for g in gradients[:2])
+        own_residual = residual_mode == PRE_ACT and needs[2] and act != "identity"
+        dx, dresidual = _ops.grad_apply(
+            dy, x, z_source, mean, scale, shift, act_weight, scale, dvar * (2 / spatial), dmean / spatial, *ctx.static, needs[1], own_residual
+        )
+        if residual_mode is not None and not own_residual:
+            dresidual = dy
+        dparameters = [None if g is None else g.to(t.dtype) for g, t in zip(gradients[2:], parameters, strict=True)]
+        return (
+            None,
+            dx if needs[1] else None,
+            dresidual if residual_mode is not None else None,
+            _none_if_empty(dact_weight, act_weight),
+            *(None,) * 5,
+            *dparameters,
+        )
+
+
+def _coefficients(rule: Rule, mean: Tensor, var: Tensor, parameters: Any) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of the rule as full (N, C) tensors in the moments' type."""
+    scale, shift = rule(mean, var, *parameters)
+    zero = torch.zeros_like(mean)
+    return tuple(torch.as_tensor(t).to(mean.dtype) + zero for t in (scale, shift))  # type: ignore[return-value]
+
+
+def _composite_slices(
+    rule: Rule, x: Tensor, residual: Tensor | None, act_weight: Tensor | None, act: Activation, residual_mode: str | None, parameters: Any
+) -> Tensor:
+    """The same in differentiable operations."""
+    wide = x.to(accumulation_dtype(x.dtype))
+    dims = list(range(2, x.dim()))
+    ones = [1] * len(dims)
+    mean = wide.mean(dims, keepdim=True) if dims else wide
+    var = (wide - mean).square().mean(dims) if dims else torch.zeros_like(wide)
+    scale, shift = _coefficients(rule, mean.view(x.shape[:2]), var, parameters)
+    z = torch.addcmul(shift.view(*x.shape[:2], *ones), wide, scale.view(*x.shape[:2], *ones))
+    return composite.activate_add(z, residual, act, act_weight, residual_mode).to(x.dtype)
+
+
+def _differentiable_slice_backward(
+    rule: Rule, dy: Tensor, x: Tensor, z_source: Tensor | None, act_weight: Tensor | None, parameters: Any, static: Any, needs: Any
+) -> tuple[Tensor | None, ...]:
+    name, p0, p1, residual_mode, _ = static
+    act, dresidual, upstream, mode = Activation(name, p0, p1), None, dy, None
+    if residual_mode == POST_ACT:
+        dresidual = dy
+    elif residual_mode == PRE_ACT and (z_source is None or act.derivative_from_y(x.dtype)):
+        dresidual = upstream = dy if z_source is None else grad_activate_from_y(dy, z_source, act)
+        act = Activation("identity")
+    elif residual_mode == PRE_ACT:
+        mode = PRE_ACT
+    inputs = [x, z_source if mode else None, act_weight, *parameters]
+    with torch.enable_grad():
+        leaves = [_own_node(t, True) for t in inputs]
+        xl, rl, al, *pl = leaves
+        assert xl is not None
+        y = _composite_slices(rule, xl, rl, al, act, mode, pl)
+        found = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], upstream, create_graph=True, allow_unused=True))
+    gradients = [None if t is None else next(found) for t in leaves]
+    if mode == PRE_ACT:
+        dresidual = gradients[1]
+    return (None, gradients[0], dresidual, gradients[2], *(None,) * 5, *gradients[3:])
+
+
+def slice_norm_act(
+    x: Tensor,
+    rule: Rule,
+    parameters: tuple[Tensor, ...],
+    residual: Tensor | None,
+    act_weight: Tensor | None,
+    act: Activation,
+    residual_mode: str | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, mean, var) of a checked call; the moments (N, C) are returned for running statistics (None where no pass computed them)."""
+    name = dispatch.choose(x.device.type, x.dtype, backend)
+    if trace is not None:
+        trace.append((name, "slices", SAMPLE_GROUP, "written in PyTorch", act, residual_mode))
+    if x.numel() == 0:
+        y, _ = _empty_batch(x, residual, None, None, act_weight, None, None, False, act, residual_mode)
+        for t in parameters:
+            y = y + (t.sum() * 0).to(y.dtype)
+        return y, None, None
+    if _see_through() or torch.compiler.is_compiling() or x.device.type == "meta":
+        y = _composite_slices(rule, x, residual, act_weight, act, residual_mode, parameters)
+        with torch.no_grad():
+            wide = x.detach().to(accumulation_dtype(x.dtype)).flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)
+            return y, wide.mean(2), wide.var(2, correction=0)
+    x = dense(x)
+    if residual is not None:
+        residual = dense(residual, layout_of(x))
+    y, mean, var, _, _ = _apply_function(
+        SliceNormAct, rule, x, residual, act_weight, act.name, act.p0, act.p1, residual_mode, name, *parameters
+    )
+    return y, mean, var
+
+
+__all__ += ["POSITION", "Rule"]
