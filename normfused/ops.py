@@ -359,6 +359,8 @@ class NormAct(torch.autograd.Function):
         residual_mode = static[9]
         needs = ctx.needs_input_grad
         none = (None,) * (3 + len(static))
+        if residual_mode != PRE_NORM:  # Dynamo hands over zeros for the unused output
+            dh = None
         if dy is None:  # only h, or nothing, was used
             return (dh, dh, None, None, None, None, *none)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() or (static[-1] == "torch" and _recomputes(x)):
