@@ -78,8 +78,8 @@ def unavailable(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     if key not in _reasons:
         try:
             _reasons[key] = load(name).unavailable(device_type, dtype)
-        except ImportError as error:
-            _reasons[key] = f"its import failed: {error}"
+        except Exception as error:  # a backend that cannot even answer must not stop the others
+            _reasons[key] = f"it failed to load ({type(error).__name__}: {error})"
     return _reasons[key]
 
 

