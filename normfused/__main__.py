@@ -120,7 +120,10 @@ def _print(report: dict[str, Any]) -> None:
         ("triton", report["triton"] or "not installed"),
         ("python", f"{report['python']} on {report['platform']}"),
         ("GPU", f"{report['gpu']} (compute capability {report['compute_capability']})" if report["gpu"] else "none visible"),
-        ("backend", f"{report['selected']}" + (f" -> {report['auto']} for {report['device']} tensors" if report["selected"] == "auto" else "")),
+        (
+            "backend",
+            f"{report['selected']}" + (f" -> {report['auto']} for {report['device']} tensors" if report["selected"] == "auto" else ""),
+        ),
     ]
     try:
         from rich.console import Console
@@ -134,7 +137,9 @@ def _print(report: dict[str, Any]) -> None:
         console = Console()
         for name, value in facts:
             console.print(f"{name:10} {value}", highlight=False)
-        table = Table("backend", "self-test", "detail", title=f"Backends for {report['device']} tensors (forward and backward against float64)")
+        table = Table(
+            "backend", "self-test", "detail", title=f"Backends for {report['device']} tensors (forward and backward against float64)"
+        )
         for name, entry in report["backends"].items():
             word, detail = _lines(entry)
             colour = {"ok": "green", "no": "yellow", "FAILED": "red"}[word]

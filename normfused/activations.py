@@ -259,16 +259,14 @@ def weight_of(module: nn.Module | None) -> Tensor | None:
 
 
 # ------------------------------------------------------------------------------------------------- PyTorch forms
-def per_channel(weight: Tensor, x: Tensor, channel_dim: int = 1) -> Tensor:
-    """weight of shape (1,) or (C,) shaped to broadcast along dim ``channel_dim`` of x."""
-    if weight.numel() == 1 or x.dim() < 2:
+def per_channel(weight: Tensor, x: Tensor) -> Tensor:
+    """weight of shape (1,) or (C,) shaped to broadcast along dim 1 of x; one that has x's dimensions already is left as it is."""
+    if weight.numel() == 1 or x.dim() < 2 or weight.dim() == x.dim():
         return weight
-    shape = [1] * x.dim()
-    shape[channel_dim] = -1
-    return weight.view(shape)
+    return weight.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def activate(z: Tensor, act: Activation, weight: Tensor | None = None, *, inplace: bool = False, channel_dim: int = 1) -> Tensor:
+def activate(z: Tensor, act: Activation, weight: Tensor | None = None, *, inplace: bool = False) -> Tensor:
     """act(z) by differentiable PyTorch operations; ``inplace`` may overwrite z where autograd allows it."""
     name = act.name
     if name == "identity":
@@ -282,10 +280,9 @@ def activate(z: Tensor, act: Activation, weight: Tensor | None = None, *, inplac
         return F.leaky_relu(z, act.p0, inplace and act.p0 >= 0)
     if name == "prelu":
         assert weight is not None
-        # F.prelu only knows dim 1
-        if channel_dim == 1 or weight.numel() == 1:
-            return F.prelu(z, weight.to(z.dtype))
-        return torch.where(z > 0, z, per_channel(weight.to(z.dtype), z, channel_dim) * z)
+        if weight.numel() == 1 or (weight.dim() == 1 and z.dim() > 1):  # all that F.prelu knows
+            return F.prelu(z, weight.reshape(-1).to(z.dtype))
+        return torch.where(z > 0, z, per_channel(weight.to(z.dtype), z) * z)
     if name == "elu":
         return F.elu(z, act.p0, inplace and act.p0 >= 0)
     if name == "silu":
@@ -308,7 +305,7 @@ def activate(z: Tensor, act: Activation, weight: Tensor | None = None, *, inplac
         return F.softplus(z, act.p0, act.p1)
     if name == "tlu":
         assert weight is not None
-        tau = per_channel(weight.to(z.dtype), z, channel_dim)
+        tau = per_channel(weight.to(z.dtype), z)
         # not torch.maximum, whose gradient splits ties in half; here a tie, like a NaN, belongs to z
         return torch.where(z < tau, tau, z)
     raise AssertionError(name)

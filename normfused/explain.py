@@ -99,5 +99,15 @@ def explain(layer_or_function: nn.Module | Callable[..., Any], x: Tensor, *args:
         if other != backend
     }
     return Explanation(
-        name, backend, path, scope, rule, str(activation), residual_mode, composed, rejected, sum(saved.values()), x.numel() * x.element_size()
+        name,
+        backend,
+        path,
+        scope,
+        rule,
+        str(activation),
+        residual_mode,
+        composed,
+        rejected,
+        sum(saved.values()),
+        x.numel() * x.element_size(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -90,9 +91,11 @@ def call(
     counter: Tensor | None = None,
     batch_statistics: bool = True,
     momentum: float | None = 0.0,
+    normalized_shape: tuple[int, ...] | None = None,
 ) -> Any:
-    """Run a checked norm on x (N, C, *); (y, h) in pre_norm mode, else y."""
-    fused, act_weight, composed = resolve_act(op, act, act_param, x, x.shape[1])
+    """Run a checked norm on x (N, C, *), or, with ``normalized_shape``, over trailing dimensions; (y, h) in pre_norm mode, else y."""
+    channels = x.shape[1] if normalized_shape is None else math.prod(normalized_shape)
+    fused, act_weight, composed = resolve_act(op, act, act_param, x, channels)
     if residual_mode not in modes:
         raise ValueError(f"{op}: residual_mode must be one of {', '.join(modes)}, got {residual_mode!r}")
     mode: str | None = None
@@ -104,7 +107,7 @@ def call(
         added_after, residual, mode = residual, None, None
     y, h = ops.norm_act(
         x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
-        scope, rule, groups, batch_statistics, eps, momentum, fused, mode, backend,
+        scope, rule, groups, batch_statistics, eps, momentum, fused, mode, backend, normalized_shape,
     )  # fmt: skip
     if composed is not None:
         y = composed(y)
@@ -163,7 +166,11 @@ class NormActMixin:
         act = getattr(self, "act", None)
         if act is not None:
             found = from_module(act)
-            own.append(f"act={found}" if found is not None else f"act={act.extra_repr() if isinstance(act, Composed) else type(act).__name__} (composed)")
+            own.append(
+                f"act={found}"
+                if found is not None
+                else f"act={act.extra_repr() if isinstance(act, Composed) else type(act).__name__} (composed)"
+            )
         if self.residual_mode != PRE_ACT:
             own.append(f"residual_mode={self.residual_mode}")
         if self.backend not in (None, "auto"):

@@ -74,11 +74,15 @@ def batch_norm_act(
     if training:
         checks.more_than_one_value(op, x)
         if (running_mean is None) != (running_var is None):
-            raise checks.ArgumentError(f"{op}: running_mean and running_var must both be given or both be None, got {_which(running_mean, running_var)}")
+            raise checks.ArgumentError(
+                f"{op}: running_mean and running_var must both be given or both be None, got {_which(running_mean, running_var)}"
+            )
         if momentum is None and running_mean is not None and num_batches_tracked is None:
             raise ValueError(f"{op}: momentum=None averages over all batches and needs num_batches_tracked, got None")
     elif running_mean is None or running_var is None:
-        raise checks.ArgumentError(f"{op}: running_mean and running_var must be given when training=False, got {_which(running_mean, running_var)}")
+        raise checks.ArgumentError(
+            f"{op}: running_mean and running_var must be given when training=False, got {_which(running_mean, running_var)}"
+        )
     y: Tensor = call(
         op, x, weight, bias, CHANNEL, STANDARD, 1, eps, act, act_param, residual, residual_mode, backend,
         running_mean=running_mean, running_var=running_var, counter=num_batches_tracked if training else None,

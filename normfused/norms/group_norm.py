@@ -61,7 +61,9 @@ def group_norm_act(
         if value is not None:
             checks.parameter(op, name, value, x, channels)
     if x.numel() == num_groups and x.numel():  # N * (C/G) * S == 1
-        raise ValueError(f"{op}: Expected more than 1 value per channel when training, got input size {tuple(x.shape)} with num_groups={num_groups}")
+        raise ValueError(
+            f"{op}: Expected more than 1 value per channel when training, got input size {tuple(x.shape)} with num_groups={num_groups}"
+        )
     x, weight, bias, act_param, residual = upcast(x, weight, bias, act_param, residual)  # type: ignore[assignment]
     y: Tensor = call(
         op, x, weight, bias, SAMPLE_GROUP, STANDARD, num_groups, eps, act, act_param, residual, residual_mode, backend

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..activations import ActivationLike
-from ..problem import POSITION, PRE_ACT, PRE_NORM, STANDARD
+from ..problem import POSITION, PRE_ACT, STANDARD
 from .base import RESIDUAL_MODES_ROWS, NormActMixin, call, upcast
 
 
@@ -43,27 +43,17 @@ def over_position(
         if len(shape) != 1 or x.shape[1] != shape[0]:
             raise checks.ShapeError(f"{op}: with dim=1 normalized_shape must be the number of channels {x.shape[1]}, got {shape}")
     elif tuple(x.shape[x.dim() - len(shape) :]) != shape or x.dim() < len(shape):
-        raise checks.ShapeError(f"{op}: the input's trailing dimensions must be normalized_shape {shape}, got input of shape {tuple(x.shape)}")
+        raise checks.ShapeError(
+            f"{op}: the input's trailing dimensions must be normalized_shape {shape}, got input of shape {tuple(x.shape)}"
+        )
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             checks.parameter(op, name, value, x, shape)
-    if residual is not None:
-        checks.residual(op, residual, x)
     x, weight, bias, act_param, residual = upcast(x, weight, bias, act_param, residual)  # type: ignore[assignment]
-    full = x.shape
-    if not over_channels:
-        elements = math.prod(shape)
-        rows = x.numel() // elements if elements else 0
-        x = x.reshape(rows, elements)
-        residual = None if residual is None else residual.reshape(rows, elements)
-        weight = weight if weight is None or weight.dim() == 1 else weight.reshape(-1)
-        bias = bias if bias is None or bias.dim() == 1 else bias.reshape(-1)
-    out = call(
-        op, x, weight, bias, POSITION, rule, 1, eps, act, act_param, residual, residual_mode, backend, modes=RESIDUAL_MODES_ROWS
+    return call(
+        op, x, weight, bias, POSITION, rule, 1, eps, act, act_param, residual, residual_mode, backend,
+        modes=RESIDUAL_MODES_ROWS, normalized_shape=None if over_channels else shape,
     )  # fmt: skip
-    if over_channels:
-        return out
-    return tuple(t.view(full) for t in out) if residual_mode == PRE_NORM else out.view(full)
 
 
 def layer_norm_act(

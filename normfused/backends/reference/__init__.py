@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...problem import PRE_ACT, PRE_NORM, POST_ACT, RMS, Problem
+from ...problem import POST_ACT, PRE_ACT, PRE_NORM, RMS, Problem
 from . import apply as _apply
 from . import grad_apply as _grad_apply
 from . import grad_moments as _grad_moments

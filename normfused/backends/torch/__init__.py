@@ -30,7 +30,9 @@ def _set_sum(p: Problem, per_slice: Tensor) -> Tensor:
     return per_slice.view(p.N, p.groups, -1).sum(2) if p.groups != p.C else per_slice
 
 
-def _coefficients(p: Problem, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _coefficients(
+    p: Problem, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """(scale, shift, centre), (N, C); centre is None for the rms rule."""
     scale = _per_channel(p, rstd)
     if weight is not None:

@@ -6,12 +6,13 @@ Half types are computed in float32 and rounded once, like the kernels do it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...activations import Activation, activate
-from ...problem import CHANNEL, POST_ACT, PRE_ACT, PRE_NORM, RMS, SAMPLE_GROUP, accumulation_dtype, layout_of
+from ...problem import CHANNEL, NHWC, POST_ACT, PRE_ACT, PRE_NORM, RMS, SAMPLE_GROUP, accumulation_dtype, dense, layout_of
 
 
 def _widen(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -45,11 +46,11 @@ def batch_norm(
     if counter is not None:
         counter.add_(1)
     if (running_mean is None and running_var is None) or x.numel() == 0:
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+        return torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
     # With momentum 1 scratch buffers receive this batch's statistics: torch saves the buffers it is given for the backward,
     # and ours may be rewritten before it (DDP broadcasts them); and momentum None needs no host read of the counter.
     mean, var = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
-    y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+    y = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled)
     update_running(running_mean, running_var, mean, var, counter, momentum)
     return y
 
@@ -63,14 +64,13 @@ def update_running(
         factor = momentum
     else:
         factor = 1.0 if counter is None else counter.to(mean.dtype).reciprocal()
-    with torch.no_grad():
-        for running, value in ((running_mean, mean), (running_var, var)):
-            if running is None:
-                continue
-            if running.dtype == value.dtype:
-                running.lerp_(value, factor)
-            else:
-                running.copy_(torch.lerp(running.to(value.dtype), value, factor))
+    for running, value in ((running_mean, mean), (running_var, var)):
+        if running is None:
+            continue
+        if running.dtype == value.dtype:
+            running.lerp_(value, factor)
+        else:
+            running.copy_(torch.lerp(running.to(value.dtype), value, factor))
 
 
 def frozen(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -81,16 +81,11 @@ def frozen(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, 
 
 
 def grouped(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Group norm that keeps channels_last, where ATen's CPU kernel takes E[x^2] - E[x]^2 and loses everything at a large mean."""
-    if layout_of(x) != "nhwc" and x.dim() >= 2 and x.numel() > x.shape[0] * groups:
-        return F.group_norm(x, groups, weight, bias, eps)
-    n, c = x.shape[:2]
-    spatial = x.shape[2:]
-    split = x.unflatten(1, (groups, c // groups))
-    dims = list(range(2, split.dim()))
-    centred = split - split.mean(dims, keepdim=True)
-    var = centred.square().mean(dims, keepdim=True)
-    return affine((centred * (var + eps).rsqrt()).reshape(n, c, *spatial), weight, bias)
+    """Group norm that keeps channels_last, through a copy: ATen's CPU kernel for it takes E[x^2] - E[x]^2 and loses everything at
+    a large mean."""
+    if layout_of(x) != NHWC:
+        return torch.group_norm(x, groups, weight, bias, eps, torch.backends.cudnn.enabled)
+    return dense(torch.group_norm(x.contiguous(), groups, weight, bias, eps, torch.backends.cudnn.enabled), NHWC)
 
 
 def mean_square(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, eps_weight: Tensor | None) -> Tensor:
@@ -103,16 +98,18 @@ def mean_square(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 
 def over_channels(x: Tensor, rule: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Layer or RMS norm over dim 1, keeping the memory format."""
-    channels_first = x.dim() > 2 and layout_of(x) != "nhwc"
-    rows = x.movedim(1, -1)
-    shape = (x.shape[1],)
+    if x.dim() == 2:
+        return trailing(x, rule, (x.shape[1],), weight, bias, eps)
+    y = trailing(x.movedim(1, -1), rule, (x.shape[1],), weight, bias, eps).movedim(-1, 1)
+    return y if layout_of(x) == NHWC else y.contiguous()
+
+
+def trailing(x: Tensor, rule: str, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer or RMS norm over the trailing dimensions ``shape``."""
     if rule == RMS:
-        y = F.rms_norm(rows, shape, weight, eps)
-        y = y if bias is None else y + bias
-    else:
-        y = F.layer_norm(rows, shape, weight, bias, eps)
-    y = y.movedim(-1, 1)
-    return y.contiguous() if channels_first else y
+        y = torch.rms_norm(x, shape, weight, eps)
+        return y if bias is None else y + bias
+    return torch.layer_norm(x, shape, weight, bias, eps, torch.backends.cudnn.enabled)
 
 
 def normalize(
@@ -129,12 +126,13 @@ def normalize(
     batch_statistics: bool,
     eps: float,
     momentum: float | None,
+    normalized_shape: Sequence[int] | None,
 ) -> Tensor:
     """z, the norm without residual and activation, in x's type (not a half type)."""
     if not batch_statistics:
         assert running_mean is not None and running_var is not None
         mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
     if scope == CHANNEL:
         return batch_norm(x, weight, bias, running_mean, running_var, counter, momentum, eps)
     if scope == SAMPLE_GROUP:
@@ -143,10 +141,14 @@ def normalize(
         if rule == RMS:
             return mean_square(x, weight, bias, eps, eps_weight)
         return grouped(x, groups, weight, bias, eps)
+    if normalized_shape is not None:
+        return trailing(x, rule, normalized_shape, weight, bias, eps)
     return over_channels(x, rule, weight, bias, eps)
 
 
-def _track_instances(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, counter: Tensor | None, momentum: float | None) -> None:
+def _track_instances(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, counter: Tensor | None, momentum: float | None
+) -> None:
     if counter is not None:
         counter.add_(1)
     with torch.no_grad():
@@ -174,8 +176,12 @@ def norm_act(
     act: Activation,
     residual_mode: str | None,
     inplace: bool = False,
+    normalized_shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, h) with h = x + residual in pre_norm mode, else None. ``inplace`` reuses z's memory where autograd allows it."""
+    """(y, h) with h = x + residual in pre_norm mode, else None. ``inplace`` reuses z's memory where autograd allows it.
+
+    With ``normalized_shape`` x has any shape that ends in it (scope position) and the parameters have it.
+    """
     storage, wide = x.dtype, accumulation_dtype(x.dtype)
     h = None
     if residual_mode == PRE_NORM:
@@ -195,6 +201,7 @@ def norm_act(
         batch_statistics,
         eps,
         momentum,
+        normalized_shape,
     )
     # z may be x itself or a view of it where a norm has nothing to do; only fresh memory is written over
     inplace = inplace and z.data_ptr() != x.data_ptr()

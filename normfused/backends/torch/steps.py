@@ -106,9 +106,7 @@ def grad_moments(p: Problem, dz: Tensor, x: Tensor, centre: Tensor) -> tuple[Ten
 
 def _reduce(dz: Tensor, x: Tensor, centre: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
     ones = torch.ones_like(centre)
-    _, sum_dz_xc, sum_dz = torch.ops.aten.native_batch_norm_backward(
-        dz, x, ones, None, None, centre, ones, True, 0.0, [False, True, True]
-    )
+    _, sum_dz_xc, sum_dz = torch.ops.aten.native_batch_norm_backward(dz, x, ones, None, None, centre, ones, True, 0.0, [False, True, True])
     rows = -1 if p.layout == NHWC else p.N
     return sum_dz.view(rows, p.C), sum_dz_xc.view(rows, p.C)
 

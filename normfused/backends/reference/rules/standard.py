@@ -51,7 +51,9 @@ def parameter_gradients(p: Problem, dz: Tensor, xc: Tensor, sum_dz: Tensor, sum_
     return (sum_dz_xc * per_slice).sum(0), sum_dz.sum(0)
 
 
-def coefficients_vjp(p: Problem, rstd: Tensor, a: Tensor, b: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | float, Tensor | float]:
+def coefficients_vjp(
+    p: Problem, rstd: Tensor, a: Tensor, b: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
     """(dz_scale, q, r), broadcasting against (N, C, S)."""
     dz_scale = over_set(p, rstd) * over_channels(p, weight, 1.0)
     if not p.batch_statistics:
