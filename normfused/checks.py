@@ -48,6 +48,10 @@ def parameter(op: str, name: str, value: Tensor | None, x: Tensor, shape: Sequen
     """A parameter or buffer: its shape, and a type that goes with x (its own, or float32 beside a half type)."""
     if value is None:
         return
+    if type(shape) is int and isinstance(value, Tensor) and value.numel() == shape and value.dim() == 1:
+        if value.dtype != x.dtype or value.device != x.device:
+            kind_and_place(op, name, value, x)
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor or None, got {type(value).__name__}")
     if isinstance(shape, int):
@@ -96,10 +100,7 @@ def eps(op: str, value: float, *, positive: bool = False) -> None:
 
 def more_than_one_value(op: str, x: Tensor) -> None:
     """Batch statistics of one value have no variance."""
-    count = x.shape[0]
-    for size in x.shape[2:]:
-        count *= size
-    if count == 1:
+    if x.numel() == x.shape[1] and x.shape[0] == 1:
         raise ValueError(f"{op}: Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
 
 

@@ -491,43 +491,14 @@ def _see_through() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting()
 
 
-def norm_act(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    act_weight: Tensor | None,
-    eps_weight: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    counter: Tensor | None,
-    scope: str,
-    rule: str,
-    groups: int,
-    batch_statistics: bool,
-    eps: float,
-    momentum: float | None,
-    act: Activation,
-    residual_mode: str | None,
-    backend: str | None,
-    normalized_shape: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(y, h) of a checked call; the one door to every backend.
-
-    x is (N, C, *), or, with ``normalized_shape``, of any shape that ends in it (scope position).
-    """
+def norm_act(x: Tensor, *call: Any) -> tuple[Tensor, Tensor | None]:
+    """(y, h) of a checked call, with the arguments of `_norm_act_any`: the one door to every backend."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         # "keep": the composite must not be upcast behind our back; policy "torch" has cast before it came here
         with torch.autocast(kind, enabled=False):
-            return _norm_act_any(
-                x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
-                scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, backend, normalized_shape,
-            )  # fmt: skip
-    return _norm_act_any(
-        x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
-        scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, backend, normalized_shape,
-    )  # fmt: skip
+            return _norm_act_any(x, *call)
+    return _norm_act_any(x, *call)
 
 
 def _norm_act_any(
@@ -551,6 +522,7 @@ def _norm_act_any(
     backend: str | None,
     normalized_shape: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor | None]:
+    """x is (N, C, *), or, with ``normalized_shape``, of any shape that ends in it (scope position)."""
     name = dispatch.choose(x.device.type, x.dtype, backend)
     if trace is not None:
         trace.append((name, path(x, name, scope, rule), scope, rule, act, residual_mode))

@@ -95,7 +95,7 @@ def call(
 ) -> Any:
     """Run a checked norm on x (N, C, *), or, with ``normalized_shape``, over trailing dimensions; (y, h) in pre_norm mode, else y."""
     channels = x.shape[1] if normalized_shape is None else math.prod(normalized_shape)
-    fused, act_weight, composed = resolve_act(op, act, act_param, x, channels)
+    fused, act_weight, composed = (IDENTITY, None, None) if act is None else resolve_act(op, act, act_param, x, channels)
     if residual_mode not in modes:
         raise ValueError(f"{op}: residual_mode must be one of {', '.join(modes)}, got {residual_mode!r}")
     mode: str | None = None

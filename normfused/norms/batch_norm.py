@@ -68,9 +68,14 @@ def batch_norm_act(
     checks.min_dim(op, x, 2)
     channels = x.shape[1]
     checks.eps(op, eps, positive=training)
-    for name, value in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
-        if value is not None:
-            checks.parameter(op, name, value, x, channels)
+    if weight is not None:
+        checks.parameter(op, "weight", weight, x, channels)
+    if bias is not None:
+        checks.parameter(op, "bias", bias, x, channels)
+    if running_mean is not None:
+        checks.parameter(op, "running_mean", running_mean, x, channels)
+    if running_var is not None:
+        checks.parameter(op, "running_var", running_var, x, channels)
     if training:
         checks.more_than_one_value(op, x)
         if (running_mean is None) != (running_var is None):

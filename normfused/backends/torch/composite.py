@@ -47,8 +47,14 @@ def batch_norm(
         counter.add_(1)
     if (running_mean is None and running_var is None) or x.numel() == 0:
         return torch.batch_norm(x, weight, bias, None, None, True, 0.0, eps, torch.backends.cudnn.enabled)
-    # With momentum 1 scratch buffers receive this batch's statistics: torch saves the buffers it is given for the backward,
-    # and ours may be rewritten before it (DDP broadcasts them); and momentum None needs no host read of the counter.
+    # torch saves the buffers it is given for the backward, and ours may be rewritten before it (DDP broadcasts them): it gets copies.
+    if momentum is not None and running_mean is not None and running_var is not None and running_mean.dtype == running_var.dtype == x.dtype:
+        mean, var = running_mean.clone(), running_var.clone()
+        y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, torch.backends.cudnn.enabled)
+        running_mean.copy_(mean)
+        running_var.copy_(var)
+        return y
+    # With momentum 1 the copies become this batch's statistics, so that the counter need not be read on the host
     mean, var = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
     y = torch.batch_norm(x, weight, bias, mean, var, True, 1.0, eps, torch.backends.cudnn.enabled)
     update_running(running_mean, running_var, mean, var, counter, momentum)
