@@ -1,0 +1,91 @@
+"""Step 3, forward: z = (x - centre)*scale + shift [+ residual],  y = act(z) [+ residual].
+
+A program owns BC channels and up to TILES tiles; the coefficients of its channels stay in registers. Programs run in the
+reverse order of step 1, whose last tiles still lie in L2. Reads x [and residual], writes y; in evaluation of a batch norm it
+also turns the running statistics into the coefficients. Grid: outer indices x channel blocks x chunks, all on axis 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .activation import activate
+from .rules import standard
+from .tiles import get, locate, put, tile_offsets, tile_start
+
+
+@triton.jit
+def coefficients(mean, scale, weight, shift, at, c, known, SLICES: tl.constexpr, ACC: tl.constexpr):
+    """(centre, scale, shift) of channels c in the sets ``at``. ``scale`` holds rstd per set; of slices all are per set."""
+    centre = tl.load(mean + at, mask=known, other=0.0).to(ACC) if mean is not None else tl.zeros([c.shape[0]], ACC)
+    a = tl.load(scale + at, mask=known, other=0.0)
+    return (centre,) + affine(a, weight, shift, at if SLICES else c, c, known, ACC)
+
+
+@triton.jit
+def affine(rstd, weight, bias, bias_at, c, known, ACC: tl.constexpr):
+    """(weight*rstd, bias), where a missing weight is 1 and a missing bias 0."""
+    a = rstd
+    b = rstd * 0.0
+    if weight is not None:
+        a = rstd * tl.load(weight + c, mask=known, other=0.0).to(ACC)
+    if bias is not None:
+        b = tl.load(bias + bias_at, mask=known, other=0.0).to(ACC)
+    return a, b
+
+
+@triton.jit
+def pre_activation(values, centred, scale, shift, SLICES: tl.constexpr):
+    """z; of slices, whose rule is anyone's, the shift belongs to x itself."""
+    if SLICES:
+        return values * scale + shift
+    else:
+        return centred * scale + shift
+
+
+@triton.jit
+def channel_weight(act_weight, c, known, PER_CHANNEL: tl.constexpr, ACC: tl.constexpr):
+    """act_weight of channels c (zero if the activation has none)."""
+    if act_weight is None:
+        return tl.zeros([c.shape[0]], ACC)
+    else:
+        return tl.load(act_weight + (c if PER_CHANNEL else c * 0), mask=known, other=0.0).to(ACC)
+
+
+@triton.jit
+def apply_kernel(
+    x, residual, y, mean, rstd, weight, bias, act_weight, given_mean, given_var,
+    inner, C, D, S, sC, sS, s_tiles, tiles, chunks,
+    SLICES: tl.constexpr, POST: tl.constexpr, EPS: tl.constexpr,
+    ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
+    NHWC: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    o, c0, chunk = locate(tl.num_programs(0) - 1 - tl.program_id(0), chunks, C, BC, NHWC)
+    c = c0 + tl.arange(0, BC)
+    s = tl.arange(0, BS)
+    known = c < C
+    at = o.to(tl.int64) * (C // D) + c // D
+    if given_var is not None:
+        centre = tl.load(given_mean + c, mask=known, other=0.0).to(ACC)
+        deviation = standard.reciprocal_deviation(tl.load(given_var + c, mask=known, other=1.0).to(ACC), EPS)
+        tl.store(mean + c, centre, mask=known & (chunk == 0))
+        tl.store(rstd + c, deviation, mask=known & (chunk == 0))
+        scale, shift = affine(deviation, weight, bias, c, c, known, ACC)
+    else:
+        centre, scale, shift = coefficients(mean, rstd, weight, bias, at, c, known, SLICES, ACC)
+    aw = channel_weight(act_weight, c, known, ACT_PER_CHANNEL, ACC)[:, None]
+    offsets = tile_offsets(sC, sS, BC, BS, WIDE)
+    for i in range(TILES):
+        t = chunk * TILES + i
+        _, s0, start = tile_start(o, t, c0, inner, C, S, sC, sS, s_tiles, BS)
+        live = known[:, None] & (s0 + s < S)[None, :] & (t < tiles)
+        z = (get(x + start + offsets, live, ACC) - centre[:, None]) * scale[:, None] + shift[:, None]
+        if residual is not None:
+            r = get(residual + start + offsets, live, ACC)
+            if POST:
+                put(y + start + offsets, activate(z, aw, ACT, P0, P1) + r, live)
+            else:
+                put(y + start + offsets, activate(z + r, aw, ACT, P0, P1), live)
+        else:
+            put(y + start + offsets, activate(z, aw, ACT, P0, P1), live)

@@ -1,0 +1,69 @@
+"""Steps 1 to 3, backward, in one launch: dz and x lie in registers between the sums and dx = dz_scale*dz + q*(x - centre) + r.
+
+Tiles as in single_pass. Where a set is a channel its parameters' gradients are written at once; else the sums per (n, c) are,
+which `grad_channels_kernel` adds up over n. Reads x, dy [and y or residual] once, writes dx [and dresidual]: 3 (5) elements each.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .grad_moments import activation_gradient
+from .rules import rms, standard
+from .single_pass import channels_of, locate_sets, over_columns, over_set, set_offsets, sum_set
+from .activation import grad_weight
+from .tiles import get, put
+
+
+@triton.jit
+def grad_single_pass_kernel(
+    x, dy, source, dx, dresidual, mean, rstd, weight, bias, act_weight, out_dz, out_dz_xc, out_act,
+    D, S, R, so, sg, sR, sS, groups, per_outer, count,
+    CENTRED: tl.constexpr, FROM_Y: tl.constexpr,
+    ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr, ROWS_ARE_CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """out_*: where a set is a channel dbias, dweight, dact_weight, else the sums of dz, dz*(x - centre), dL/dact_weight."""
+    j, index, start = locate_sets(per_outer, so, sg, BSET)
+    offsets = set_offsets(sg, sR, sS, BSET, BR, BS, WIDE)
+    inside = (j < per_outer)[:, None] & (tl.arange(0, BR) < R)[None, :]
+    live = inside[:, :, None] & (tl.arange(0, BS) < S)[None, None, :]
+    c = channels_of(index, groups, D, BR, ROWS_ARE_CHANNELS)
+    known = inside if ROWS_ARE_CHANNELS else (j < per_outer)[:, None]
+    deviation = tl.load(rstd + index, mask=j < per_outer, other=0.0)
+    centred = get(x + start + offsets, live, ACC)
+    if mean is not None:
+        centred -= over_set(tl.load(mean + index, mask=j < per_outer, other=0.0))
+    upstream = get(dy + start + offsets, live, ACC)
+    gamma = over_columns(weight, c, known, 1.0, ACC)
+    z = centred * (over_set(deviation) * gamma) + over_columns(bias, c, known, 0.0, ACC)
+    aw = over_columns(act_weight, c if ACT_PER_CHANNEL else c * 0, known, 0.0, ACC)
+    dz, z = activation_gradient(upstream, z, source, start + offsets, live, aw, FROM_Y, ACT, P0, P1)
+    if dresidual is not None:
+        put(dresidual + start + offsets, dz, live)
+    sum_dz = tl.sum(dz, 2)
+    sum_dz_xc = tl.sum(tl.where(live, dz * centred, 0.0), 2)
+    if ROWS_ARE_CHANNELS:
+        at = index.to(tl.int64)[:, None] * D + tl.arange(0, BR)[None, :]
+        if out_dz is not None:
+            tl.store(out_dz + at, sum_dz, mask=inside)
+            tl.store(out_dz_xc + at, sum_dz_xc, mask=inside)
+        if out_act is not None:
+            tl.store(out_act + at, tl.sum(grad_weight(upstream, z, aw, ACT), 2), mask=inside)
+    else:
+        if out_dz is not None:
+            put(out_dz + index, tl.sum(sum_dz, 1), j < per_outer)
+        if out_dz_xc is not None:
+            put(out_dz_xc + index, tl.sum(sum_dz_xc, 1) * deviation, j < per_outer)
+        if out_act is not None:
+            put(out_act + index, sum_set(grad_weight(upstream, z, aw, ACT)), j < per_outer)
+    if dx is not None:
+        flat = tl.sum(gamma, 2)
+        b = tl.sum(sum_dz_xc * flat, 1)
+        if CENTRED:
+            q, r = standard.coefficients_vjp(deviation, tl.sum(sum_dz * flat, 1), b, count)
+            put(dx + start + offsets, dz * (over_set(deviation) * gamma) + (over_set(q) * centred + over_set(r)), live)
+        else:
+            q = rms.coefficients_vjp(deviation, b, count)
+            put(dx + start + offsets, dz * (over_set(deviation) * gamma) + over_set(q) * centred, live)
