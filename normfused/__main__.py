@@ -44,12 +44,13 @@ def _self_test(backend: str, device: str) -> dict[str, Any]:
             "FRN + TLU": lambda x, w, b, which: nF.filter_response_norm(x, w, b, torch.full_like(b, -0.5), backend=which),
         }
         for name, run in cases.items():
-            got, want = [], []
+            got: list[torch.Tensor] = []
+            want: list[torch.Tensor] = []
             for which, kind, out in ((backend, dtype, got), ("reference", torch.float64, want)):
                 leaf = x.to(kind).requires_grad_()
                 y = run(leaf, weight.to(kind), bias.to(kind), which)
                 (dx,) = torch.autograd.grad(y, leaf, dy.to(kind))
-                out += [y.double(), dx.double()]
+                out += [y.detach().double(), dx.double()]
             error = max(float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, want, strict=True)) / bound
             if not error <= worst:  # also true for NaN
                 worst, where = error, f"{name} {str(dtype).removeprefix('torch.')}"

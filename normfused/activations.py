@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 __all__ = ["ACTIVATIONS", "IDENTITY", "TLU", "Activation", "parse"]
 
-ActivationLike = Union[None, str, "tuple[str, dict[str, Any]]", nn.Module, Callable[[Tensor], Tensor]]
+ActivationLike = Union[None, str, "tuple[str, dict[str, Any]]", "Activation", nn.Module, Callable[[Tensor], Tensor]]
 
 # name -> default (p0, p1); the meaning of p0 and p1 is given by the names of _PARAMETER_NAMES.
 ACTIVATIONS: dict[str, tuple[float, float]] = {

@@ -25,7 +25,8 @@ from .problem import CHANNEL, NHWC, POSITION, POST_ACT, PRE_ACT, PRE_NORM, RMS, 
 
 __all__ = ["NormAct", "SliceNormAct", "norm_act", "slice_norm_act"]
 
-_STATIC = "str scope, str rule, int groups, bool batch_statistics, float eps, float? momentum, str act, float p0, float p1, str? residual_mode, str backend"
+_ACT = "str act, float p0, float p1, str? residual_mode, str backend"
+_STATIC = f"str scope, str rule, int groups, bool batch_statistics, float eps, float? momentum, {_ACT}"
 _library = torch.library.Library("normfused", "DEF")
 _library.define(
     "norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? act_weight, Tensor? eps_weight,"
@@ -37,7 +38,6 @@ _library.define(
     f" Tensor? eps_weight, Tensor mean, Tensor rstd, {_STATIC}, bool need_x, bool need_residual, bool need_parameters)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dact_weight, Tensor deps_weight)"
 )
-_ACT = "str act, float p0, float p1, str? residual_mode, str backend"
 _library.define("moments(Tensor x, str backend) -> (Tensor mean, Tensor var)")
 _library.define(f"apply(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor? act_weight, {_ACT}) -> Tensor")
 _library.define(
@@ -326,7 +326,7 @@ def _none_if_empty(gradient: Tensor, like: Tensor | None) -> Tensor | None:
 
 
 class NormAct(torch.autograd.Function):
-    """A whole norm. Saves x (in pre_norm mode h), the moments, the parameters, and what `Problem.z_source` names; never the running statistics."""
+    """A whole norm. Saves x (in pre_norm mode h), the moments, the parameters, and what `Problem.z_source` names; never running statistics."""
 
     @staticmethod
     def forward(
@@ -352,7 +352,7 @@ class NormAct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, residual, weight, bias, act_weight, eps_weight, _, _, _, *static = inputs
         y, mean, rstd, h = output
-        scope, _, _, _, _, _, act, p0, p1, residual_mode, _ = static
+        *_, act, p0, p1, residual_mode, _ = static
         z_source = None
         if residual_mode == PRE_ACT and act != "identity":
             z_source = y if Activation(act, p0, p1).derivative_from_y(x.dtype) else residual

@@ -47,7 +47,7 @@ def upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def resolve_act(op: str, act: ActivationLike, act_param: Tensor | None, x: Tensor, channels: int) -> tuple[Activation, Tensor | None, Any]:
     """(fused activation, its tensor, callable to compose after the norm or None)."""
     composed: Any = None
-    if type(act) is Activation:
+    if isinstance(act, Activation):
         fused = act
     elif isinstance(act, nn.Module):
         found = from_module(act)

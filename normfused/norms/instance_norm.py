@@ -116,7 +116,7 @@ class _InstanceNormAct(NormActMixin, nn.modules.instancenorm._InstanceNorm):
                     f" but got: {input.size(channel_dim)}"
                 )
             warnings.warn(
-                f"input's size at dim={channel_dim} does not match num_features ({self.num_features}), which is not used because affine=False",
+                f"input's size at dim={channel_dim} does not match num_features ({self.num_features}), which affine=False does not use",
                 stacklevel=2,
             )
         use_input_stats = self.training or not self.track_running_stats

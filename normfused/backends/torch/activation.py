@@ -17,7 +17,8 @@ def activate_(z: Tensor, act: Activation, weight: Tensor | None) -> Tensor:
     if name == "silu":
         return F.silu(z, inplace=True)
     if name in ("gelu", "gelu_tanh"):
-        return torch._C._nn.gelu_(z, approximate="none" if name == "gelu" else "tanh")
+        _aten.gelu_(z, approximate="none" if name == "gelu" else "tanh")
+        return z
     if name == "hardswish":
         return F.hardswish(z, inplace=True)
     if name == "hardsigmoid":

@@ -16,7 +16,7 @@ from .tiles import covered, put
 
 @triton.jit
 def finalize_kernel(
-    part_mean, part_m2, mean, var, rstd, eps_weight, running_mean, running_var, counter, momentum: "fp64",
+    part_mean, part_m2, mean, var, rstd, eps_weight, running_mean, running_var, counter, momentum: tl.float64,
     outer, C, D, S, s_tiles, tiles, chunks, sets, count,
     CENTRED: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, ACC: tl.constexpr,
     BS: tl.constexpr, TILES: tl.constexpr, BSET: tl.constexpr, BP: tl.constexpr, LOOPS: tl.constexpr,
@@ -107,7 +107,7 @@ def count_batch(counter, AVERAGE: tl.constexpr):
 
 @triton.jit
 def average_running_kernel(
-    mean, var, running_mean, running_var, counter, momentum: "fp64", N, C, count,
+    mean, var, running_mean, running_var, counter, momentum: tl.float64, N, C, count,
     AVERAGE: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
     """Tracked instance norm: the running statistics take the average over the samples. mean, var: (N, C)."""

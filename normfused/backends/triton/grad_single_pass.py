@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .activation import grad_weight
 from .grad_moments import activation_gradient
 from .rules import rms, standard
 from .single_pass import channels_of, locate_sets, over_columns, over_set, set_offsets, sum_set
-from .activation import grad_weight
 from .tiles import get, put
 
 

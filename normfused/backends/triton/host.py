@@ -128,9 +128,7 @@ def _some(buffer: Tensor | None) -> Tensor | None:
     return buffer if buffer is not None and buffer.numel() else None
 
 
-def _moments(
-    p: Problem, plan: Plan, x: Tensor, out: tuple[Tensor | None, ...], tracked: tuple[Tensor | None, ...], average: bool
-) -> None:
+def _moments(p: Problem, plan: Plan, x: Tensor, out: tuple[Tensor | None, ...], tracked: tuple[Tensor | None, ...], average: bool) -> None:
     """``out``: mean, var, rstd to be written (or None) and eps_weight; ``tracked``: running mean and variance, the counter."""
     g, t = plan.geometry, plan.stream
     part_m2 = _like(p, x, (t.chunks, g.outer, g.C))
@@ -393,7 +391,7 @@ def _grad_two_pass(
         return
     dz_scale = q = r = None
     alone = not p.centred and p.count == 1
-    if wanted.needed or not alone and dx is not None:
+    if wanted.needed or (not alone and dx is not None):
         part = _partials(p, x, wanted, t.chunks, g.outer, g.C)
         _grad_sums(p, plan, dy, x, source, None, None, part, *statistics)
         if dx is not None and not alone:

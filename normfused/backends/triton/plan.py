@@ -184,9 +184,9 @@ def set_tile(p: Problem, limits: Limits, backward: bool) -> SetTile | None:
     contiguous = R if p.scope == SAMPLE_GROUP else 1
     least = power_of_2(cdiv(32, p.dtype.itemsize * contiguous)) if g.nhwc else 1  # sets to fill a 32-byte sector
     BSET = min(least, power_of_2(per_outer))
-    if BSET * BR * BS > limit:
+    if limit < BSET * BR * BS:
         return None
-    while 2 * BSET * BR * BS <= limits.stream_tile and BSET < per_outer and cdiv(per_outer, 2 * BSET) * outers >= 4 * limits.processors:
+    while limits.stream_tile >= 2 * BSET * BR * BS and per_outer > BSET and cdiv(per_outer, 2 * BSET) * outers >= 4 * limits.processors:
         BSET *= 2
     wide = (BSET - 1) * set_stride + (BR - 1) * row_stride + (BS - 1) * g.sS >= 2**31
     programs = cdiv(per_outer, BSET) * outers
@@ -202,14 +202,14 @@ def row_tile(p: Problem, limits: Limits, backward: bool) -> RowTile:
     small = min(limits.stream_tile, limit)
     if g.nhwc:
         BP = min(max(small // BC, 1), power_of_2(g.S))
-        if BC > limit:
+        if limit < BC:
             BP, BC = 1, min(limit, 4096)
     else:
         sector = max(32 // p.dtype.itemsize, 1)
         BP = min(64, power_of_2(g.S))
-        while BP * BC > small and BP > sector:
+        while small < BP * BC and sector < BP:
             BP //= 2
-        if BP * BC > limit:
+        if limit < BP * BC:
             BP = min(32, power_of_2(g.S))
             BC = max(small // BP, 1)
     blocks = cdiv(g.S, BP)

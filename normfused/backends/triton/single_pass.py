@@ -67,7 +67,7 @@ def sum_set(values):
 
 @triton.jit
 def single_pass_kernel(
-    x, residual, y, mean, var, rstd, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, momentum: "fp64",
+    x, residual, y, mean, var, rstd, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, momentum: tl.float64,
     C, D, S, R, so, sg, sR, sS, groups, per_outer, count,
     CENTRED: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, POST: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr, ROWS_ARE_CHANNELS: tl.constexpr,

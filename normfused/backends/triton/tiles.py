@@ -18,7 +18,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("
 @triton.jit
 def to_storage(value, DTYPE: tl.constexpr):
     """value rounded to the nearest DTYPE, ties to even."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         # Triton's interpreter truncates; after this rounding there is nothing left to truncate
         bits = value.to(tl.float32).to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)

@@ -24,7 +24,7 @@ def effective_eps(p: Problem, eps_weight: Tensor | None) -> Tensor | float:
 
 def coefficients_vjp(
     p: Problem, rstd: Tensor, b: Tensor, weight: Tensor | None, eps: Tensor | float
-) -> tuple[Tensor, Tensor | float, float]:
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
     gamma = over_channels(p, weight, 1.0)
     if p.count == 1:
         return over_set(p, (rstd**3 * eps).expand(p.moments_shape)) * gamma, 0.0, 0.0
