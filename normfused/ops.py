@@ -326,7 +326,7 @@ def _none_if_empty(gradient: Tensor, like: Tensor | None) -> Tensor | None:
 
 
 class NormAct(torch.autograd.Function):
-    """A whole norm. Saves x (in pre_norm mode h), the moments, the parameters, and what `Problem.z_source` names; never running statistics."""
+    """A whole norm. Saves x (in pre_norm mode h), the moments, the parameters and what `Problem.z_source` names; no running statistics."""
 
     @staticmethod
     def forward(
@@ -572,12 +572,11 @@ def path(x: Tensor, backend: str, scope: str, rule: str) -> str:
         return "fused"
     if scope != SAMPLE_GROUP:
         return "composite"
-    # ATen has no kernel for FRN, copies instance norm's channels_last input, and is inaccurate for group norm's. Small tensors
-    # are faster composed all the same, but for FRN's S = 1, whose gradient cancels there.
-    elements = x.numel()
+    # ATen has no kernel for FRN, copies instance norm's channels_last input, and is inaccurate for group norm's; small tensors are
+    # faster composed all the same
     if rule == RMS:
-        return "fused" if elements >= _FRN_ELEMENTS or elements == x.shape[0] * x.shape[1] else "composite"
-    return "fused" if elements >= _CHANNELS_LAST_ELEMENTS and layout_of(x) == NHWC else "composite"
+        return "fused" if x.numel() >= _FRN_ELEMENTS else "composite"
+    return "fused" if x.numel() >= _CHANNELS_LAST_ELEMENTS and layout_of(x) == NHWC else "composite"
 
 
 def _empty_batch(

@@ -122,7 +122,7 @@ class _BatchNormAct(NormActMixin, nn.modules.batchnorm._BatchNorm):
         self._init_act(num_features, act, residual_mode, backend, device, dtype, bias=bias)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         training = self.training
         running_mean, running_var = self.running_mean, self.running_var
         batch_statistics = training or (running_mean is None and running_var is None)

@@ -106,9 +106,9 @@ class _InstanceNormAct(NormActMixin, nn.modules.instancenorm._InstanceNorm):
         self._init_act(num_features, act, residual_mode, backend, device, dtype, bias=bias)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)
-        unbatched = input.dim() == self._get_no_batch_dim()
-        channel_dim = input.dim() - self._get_no_batch_dim()
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        channel_dim = input.dim() - self._get_no_batch_dim()  # type: ignore[no-untyped-call]
+        unbatched = channel_dim == 0
         if input.size(channel_dim) != self.num_features:
             if self.affine:
                 raise checks.ShapeError(

@@ -6,7 +6,9 @@ Half types are computed in float32 and rounded once, like the kernels do it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,11 +96,49 @@ def grouped(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, 
     return dense(torch.group_norm(x.contiguous(), groups, weight, bias, eps, torch.backends.cudnn.enabled), NHWC)
 
 
+class _OneElement(torch.autograd.Function):
+    """x/sqrt(x^2 + eps) with its derivative eps/(x^2 + eps)^(3/2) written out; autograd's own form of it cancels to nothing."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, eps: Tensor) -> Tensor:
+        return x * (x * x + eps).rsqrt()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, eps = ctx.saved_tensors
+        cubed = (x * x + eps) ** -1.5
+        return dy * eps * cubed, (-0.5 * dy * x * cubed).sum_to_size(eps.shape) if ctx.needs_input_grad[1] else None
+
+
+class _OneElementForward(_OneElement):
+    """The same with forward-mode AD, which Dynamo does not trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor, eps_t: Tensor | None) -> Tensor:
+        x, eps = ctx.saved_tensors
+        cubed = (x * x + eps) ** -1.5
+        tangent = x_t * eps * cubed
+        return tangent if eps_t is None else tangent - 0.5 * x * cubed * eps_t
+
+
 def mean_square(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, eps_weight: Tensor | None) -> Tensor:
     """Filter response norm: no mean, the mean square over the positions of each (n, c)."""
-    square = x.square()
-    second = square.mean(list(range(2, x.dim())), keepdim=True) if x.dim() > 2 else square
     effective = eps if eps_weight is None else eps + _broadcast(eps_weight.abs(), x)
+    if math.prod(x.shape[2:]) == 1:
+        one_element = _OneElement if torch.compiler.is_compiling() else _OneElementForward
+        return affine(one_element.apply(x, torch.as_tensor(effective, dtype=x.dtype, device=x.device)), weight, bias)
+    second = x.square().mean(list(range(2, x.dim())), keepdim=True)
     return affine(x * (second + effective).rsqrt(), weight, bias)
 
 

@@ -63,7 +63,9 @@ def over_positions(p: Problem, coefficient: Tensor, x: Tensor) -> Tensor:
 def pre_activation(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
     """z in new memory of x's layout."""
     z: Tensor = torch.addcmul(over_positions(p, shift, x), x, over_positions(p, scale, x), out=torch.empty_like(x))
-    return z.add_(residual) if p.residual_mode == PRE_ACT and residual is not None else z
+    if p.residual_mode == PRE_ACT and residual is not None:
+        z += residual
+    return z
 
 
 def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .activation import activate
 from .rules import standard
-from .tiles import get, locate, put, tile_offsets, tile_start
+from .tiles import dense_strides, get, locate, put, tile_offsets, tile_start
 
 
 @triton.jit
@@ -20,7 +20,8 @@ def coefficients(mean, scale, weight, shift, at, c, known, SLICES: tl.constexpr,
     """(centre, scale, shift) of channels c in the sets ``at``. ``scale`` holds rstd per set; of slices all are per set."""
     centre = tl.load(mean + at, mask=known, other=0.0).to(ACC) if mean is not None else tl.zeros([c.shape[0]], ACC)
     a = tl.load(scale + at, mask=known, other=0.0)
-    return (centre,) + affine(a, weight, shift, at if SLICES else c, c, known, ACC)
+    b = affine(a, weight, shift, at if SLICES else c, c, known, ACC)
+    return centre, b[0], b[1]
 
 
 @triton.jit
@@ -56,11 +57,12 @@ def channel_weight(act_weight, c, known, PER_CHANNEL: tl.constexpr, ACC: tl.cons
 @triton.jit
 def apply_kernel(
     x, residual, y, mean, rstd, weight, bias, act_weight, given_mean, given_var,
-    inner, C, D, S, sC, sS, s_tiles, tiles, chunks,
+    inner, C, D, S, s_tiles, tiles, chunks,
     SLICES: tl.constexpr, POST: tl.constexpr, EPS: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
-    NHWC: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
+    NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    C, S, sC, sS = dense_strides(C, S, NHWC, ALIGN)
     o, c0, chunk = locate(tl.num_programs(0) - 1 - tl.program_id(0), chunks, C, BC, NHWC)
     c = c0 + tl.arange(0, BC)
     s = tl.arange(0, BS)

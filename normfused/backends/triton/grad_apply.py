@@ -11,18 +11,19 @@ import triton.language as tl
 
 from .apply import channel_weight, coefficients, pre_activation
 from .grad_moments import activation_gradient
-from .tiles import get, locate, put, tile_offsets, tile_start
+from .tiles import dense_strides, get, locate, put, tile_offsets, tile_start
 
 
 @triton.jit
 def grad_apply_kernel(
     x, dy, source, dx, dresidual, mean, scale_of, weight, shift_of, act_weight, dz_scale_of, q_of, r_of,
-    inner, C, D, S, sC, sS, s_tiles, tiles, chunks,
+    inner, C, D, S, s_tiles, tiles, chunks,
     SLICES: tl.constexpr, FROM_Y: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
-    NHWC: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
+    NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """``dz_scale_of`` is per set and still to be multiplied by weight; None means rstd. q and r may be None, which is zero."""
+    C, S, sC, sS = dense_strides(C, S, NHWC, ALIGN)
     o, c0, chunk = locate(tl.num_programs(0) - 1 - tl.program_id(0), chunks, C, BC, NHWC)
     c = c0 + tl.arange(0, BC)
     s = tl.arange(0, BS)

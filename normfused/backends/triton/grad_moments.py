@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .activation import grad_activate, grad_activate_from_y, grad_weight
 from .apply import affine, channel_weight, coefficients, pre_activation
-from .tiles import get, locate, put, tile_offsets, tile_start
+from .tiles import dense_strides, get, locate, put, tile_offsets, tile_start
 
 
 @triton.jit
@@ -36,11 +36,12 @@ def activation_gradient(
 @triton.jit
 def grad_moments_kernel(
     x, dy, source, dx, dresidual, part_dz, part_dz_xc, part_act, mean, scale_of, weight, shift_of, act_weight,
-    outer, inner, C, D, S, sC, sS, s_tiles, tiles, chunks,
+    outer, inner, C, D, S, s_tiles, tiles, chunks,
     POSITION: tl.constexpr, SLICES: tl.constexpr, FROM_Y: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
-    NHWC: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
+    NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    C, S, sC, sS = dense_strides(C, S, NHWC, ALIGN)
     o, c0, chunk = locate(tl.program_id(0), chunks, C, BC, NHWC)
     c = c0 + tl.arange(0, BC)
     s = tl.arange(0, BS)

@@ -15,7 +15,7 @@ from .activation import grad_weight
 from .apply import affine, channel_weight
 from .grad_moments import activation_gradient
 from .rules import rms, standard
-from .tiles import get, put
+from .tiles import dense_strides, get, put
 
 
 @triton.jit
@@ -47,12 +47,13 @@ def write(dx, dh, dresidual, dz, weighted, centred, dz_scale, q, r, at, live, AC
 @triton.jit
 def grad_positions_kernel(
     x, dy, dh, source, dx, dresidual, mean, rstd, weight, bias, act_weight, part_dz, part_dz_xc, part_act,
-    C, S, sC, sS, blocks, all_blocks,
+    C, S, blocks, all_blocks,
     EPS: tl.constexpr, FROM_Y: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
-    WIDE: tl.constexpr, ACC: tl.constexpr, ONE: tl.constexpr,
+    NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, ONE: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr, BLOCKS_C: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    C, S, sC, sS = dense_strides(C, S, NHWC, ALIGN)
     s = tl.arange(0, BP)
     c = tl.arange(0, BC)
     rows = s.to(tl.int64) if WIDE else s

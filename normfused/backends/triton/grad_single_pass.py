@@ -13,7 +13,7 @@ from .activation import grad_weight
 from .grad_moments import activation_gradient
 from .rules import rms, standard
 from .single_pass import channels_of, locate_sets, over_columns, over_set, set_offsets, sum_set
-from .tiles import get, put
+from .tiles import divisible, get, put
 
 
 @triton.jit
@@ -22,9 +22,13 @@ def grad_single_pass_kernel(
     D, S, R, so, sg, sR, sS, groups, per_outer, count,
     CENTRED: tl.constexpr, FROM_Y: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr, ROWS_ARE_CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """out_*: where a set is a channel dbias, dweight, dact_weight, else the sums of dz, dz*(x - centre), dL/dact_weight."""
+    so = divisible(so, ALIGN)
+    sg = divisible(sg, ALIGN)
+    sR = divisible(sR, ALIGN)
+    S = divisible(S, ALIGN)
     j, index, start = locate_sets(per_outer, so, sg, BSET)
     offsets = set_offsets(sg, sR, sS, BSET, BR, BS, WIDE)
     inside = (j < per_outer)[:, None] & (tl.arange(0, BR) < R)[None, :]

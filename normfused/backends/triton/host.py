@@ -37,24 +37,28 @@ def _activation(p: Problem, act_weight: Tensor | None) -> dict[str, Any]:
     return {"ACT": p.act.name, "P0": p.act.p0, "P1": p.act.p1, "ACT_PER_CHANNEL": per_channel}
 
 
+def _layout(g: Geometry) -> dict[str, Any]:
+    return {"NHWC": g.nhwc, "ALIGN": g.align}
+
+
 def _tiles(g: Geometry, t: Stream) -> dict[str, Any]:
-    return {"NHWC": g.nhwc, "WIDE": t.wide, "BC": t.BC, "BS": t.BS, "TILES": t.TILES, "num_warps": t.num_warps}
+    return {**_layout(g), "WIDE": t.wide, "BC": t.BC, "BS": t.BS, "TILES": t.TILES, "num_warps": t.num_warps}
 
 
 def _where(g: Geometry, t: Stream) -> tuple[int, ...]:
-    return g.S, g.sC, g.sS, t.s_tiles, t.tiles, t.chunks
+    return g.S, t.s_tiles, t.tiles, t.chunks
 
 
-def _sets(t: SetTile) -> dict[str, Any]:
-    return {"WIDE": t.wide, "BSET": t.BSET, "BR": t.BR, "BS": t.BS, "num_warps": t.num_warps}
+def _sets(g: Geometry, t: SetTile) -> dict[str, Any]:
+    return {"ALIGN": 1 if g.nhwc else g.align, "WIDE": t.wide, "BSET": t.BSET, "BR": t.BR, "BS": t.BS, "num_warps": t.num_warps}
 
 
 def _set_strides(g: Geometry, t: SetTile) -> tuple[int, ...]:
     return t.S, t.R, t.outer_stride, t.set_stride, t.row_stride, g.sS, g.C // g.D, t.per_outer
 
 
-def _rows(t: RowTile) -> dict[str, Any]:
-    return {"WIDE": t.wide, "BP": t.BP, "BC": t.BC, "BLOCKS_C": t.BLOCKS_C, "num_warps": t.num_warps}
+def _rows(g: Geometry, t: RowTile) -> dict[str, Any]:
+    return {**_layout(g), "WIDE": t.wide, "BP": t.BP, "BC": t.BC, "BLOCKS_C": t.BLOCKS_C, "num_warps": t.num_warps}
 
 
 def _merge(names: tuple[str, str], kept: int, summed: int) -> tuple[int, dict[str, int]]:
@@ -189,7 +193,7 @@ def _single_pass(
         g.C, g.D, *_set_strides(g, t), p.count,
         CENTRED=p.centred, EPS=p.eps, EPS_PER_CHANNEL=eps_weight is not None and eps_weight.numel() > 1, AVERAGE=average,
         POST=p.residual_mode == POST_ACT, ROWS_ARE_CHANNELS=p.scope == SAMPLE_GROUP,
-        **_activation(p, act_weight), **_type(p), **_sets(t),
+        **_activation(p, act_weight), **_type(p), **_sets(g, t),
     )  # fmt: skip
 
 
@@ -210,9 +214,9 @@ def _positions(
     assert t is not None
     launch(
         positions_kernel, t.all_blocks, x, residual, h, y, mean, rstd, weight, bias, act_weight,
-        g.C, g.S, g.sC, g.sS, t.blocks,
+        g.C, g.S, t.blocks,
         CENTRED=p.centred, EPS=p.eps, PRE_NORM=p.residual_mode == PRE_NORM, PRE_ACT=p.residual_mode == PRE_ACT,
-        POST=p.residual_mode == POST_ACT, **_activation(p, act_weight), **_type(p), **_rows(t),
+        POST=p.residual_mode == POST_ACT, **_activation(p, act_weight), **_type(p), **_rows(g, t),
     )  # fmt: skip
 
 
@@ -439,7 +443,7 @@ def _grad_single_pass(
         grad_single_pass_kernel, t.programs, x, dy, source, dx, dresidual, centre, rstd, weight, bias, act_weight, *part,
         g.D, *_set_strides(g, t), p.count,
         CENTRED=p.centred, FROM_Y=p.z_source == "y", ROWS_ARE_CHANNELS=by_row,
-        **_activation(p, act_weight), **_type(p), **_sets(t),
+        **_activation(p, act_weight), **_type(p), **_sets(g, t),
     )  # fmt: skip
     if wanted.needed and by_row:
         _grad_channels(p, part, g.outer, 1, g.D, rstd, weight, wanted)  # type: ignore[arg-type]
@@ -469,9 +473,9 @@ def _grad_positions(
     if dx is not None or dresidual is not None or in_launch:
         launch(
             grad_positions_kernel, programs, x, dy, dh, source, dx, dresidual, centre, rstd, weight, bias, act_weight,
-            *(part if in_launch else (None,) * 3), g.C, g.S, g.sC, g.sS, t.blocks, t.all_blocks,
+            *(part if in_launch else (None,) * 3), g.C, g.S, t.blocks, t.all_blocks,
             EPS=p.eps, FROM_Y=p.z_source == "y", ONE=p.count == 1, BLOCKS=t.BLOCKS,
-            **_activation(p, act_weight), **_type(p), **_rows(t),
+            **_activation(p, act_weight), **_type(p), **_rows(g, t),
         )  # fmt: skip
     if wanted.needed:
         if not in_launch:

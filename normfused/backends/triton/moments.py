@@ -11,16 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import covered, get, locate, tile_offsets, tile_start
+from .tiles import covered, dense_strides, get, locate, tile_offsets, tile_start
 
 
 @triton.jit
 def moments_kernel(
     x, part_mean, part_m2,
-    outer, inner, C, S, sC, sS, s_tiles, tiles, chunks,
-    CENTRED: tl.constexpr, NHWC: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    outer, inner, C, S, s_tiles, tiles, chunks,
+    CENTRED: tl.constexpr, NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
     BC: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    C, S, sC, sS = dense_strides(C, S, NHWC, ALIGN)
     o, c0, chunk = locate(tl.program_id(0), chunks, C, BC, NHWC)
     c = c0 + tl.arange(0, BC)
     s = tl.arange(0, BS)

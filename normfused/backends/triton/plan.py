@@ -17,6 +17,7 @@ position       1                   N or 1   S or N*S  (set: a position)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +59,12 @@ class Geometry:
     @property
     def sS(self) -> int:
         return self.C if self.nhwc else 1
+
+    @property
+    def align(self) -> int:
+        """The power of 2 up to 8 that divides the contiguous length; 1 where 16 does, which Triton finds out by itself."""
+        contiguous = self.C if self.nhwc else self.S
+        return 1 if contiguous % 16 == 0 else math.gcd(contiguous, 8)
 
     @property
     def sets(self) -> int:

@@ -13,7 +13,7 @@ import triton.language as tl
 from .activation import activate
 from .apply import affine, channel_weight
 from .rules import standard
-from .tiles import get, put, to_storage
+from .tiles import dense_strides, get, put, to_storage
 
 
 @triton.jit
@@ -48,11 +48,12 @@ def write(
 @triton.jit
 def positions_kernel(
     x, residual, h, y, mean, rstd, weight, bias, act_weight,
-    C, S, sC, sS, blocks,
+    C, S, blocks,
     CENTRED: tl.constexpr, EPS: tl.constexpr, PRE_NORM: tl.constexpr, PRE_ACT: tl.constexpr, POST: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
-    WIDE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BLOCKS_C: tl.constexpr,
+    NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BLOCKS_C: tl.constexpr,
 ):  # fmt: skip
+    C, S, sC, sS = dense_strides(C, S, NHWC, ALIGN)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     s0 = (tl.program_id(0) % blocks).to(tl.int64) * BP
     s = tl.arange(0, BP)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .activation import activate
 from .coefficients import finish
-from .tiles import get, put
+from .tiles import divisible, get, put
 
 
 @triton.jit
@@ -71,8 +71,12 @@ def single_pass_kernel(
     C, D, S, R, so, sg, sR, sS, groups, per_outer, count,
     CENTRED: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, POST: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr, ROWS_ARE_CHANNELS: tl.constexpr,
-    WIDE: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
+    so = divisible(so, ALIGN)
+    sg = divisible(sg, ALIGN)
+    sR = divisible(sR, ALIGN)
+    S = divisible(S, ALIGN)
     j, index, start = locate_sets(per_outer, so, sg, BSET)
     offsets = set_offsets(sg, sR, sS, BSET, BR, BS, WIDE)
     inside = (j < per_outer)[:, None] & (tl.arange(0, BR) < R)[None, :]

@@ -38,6 +38,26 @@ def get(pointer, mask, ACC: tl.constexpr):
 
 
 @triton.jit
+def divisible(length, ALIGN: tl.constexpr):
+    """length, which is a multiple of ALIGN, so that the compiler sees it; by itself it only knows of multiples of 16."""
+    if ALIGN == 1:
+        return length
+    else:
+        return length // ALIGN * ALIGN
+
+
+@triton.jit
+def dense_strides(C, S, NHWC: tl.constexpr, ALIGN: tl.constexpr):
+    """(C, S, stride of a channel, stride of a position); ALIGN divides the length of what is contiguous."""
+    if NHWC:
+        C = divisible(C, ALIGN)
+        return C, S, 1, C
+    else:
+        S = divisible(S, ALIGN)
+        return C, S, S, 1
+
+
+@triton.jit
 def locate(pid, chunks, C, BC: tl.constexpr, NHWC: tl.constexpr):
     """(outer index, first channel, chunk) of a program; neighbours read neighbouring memory."""
     blocks = tl.cdiv(C, BC)
