@@ -51,7 +51,8 @@ def positions_kernel(
     C, S, blocks,
     CENTRED: tl.constexpr, EPS: tl.constexpr, PRE_NORM: tl.constexpr, PRE_ACT: tl.constexpr, POST: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
-    NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, BLOCKS_C: tl.constexpr,
+    NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, BLOCKS_C: tl.constexpr,
 ):  # fmt: skip
     C, S, sC, sS = dense_strides(C, S, NHWC, ALIGN)
     n = (tl.program_id(0) // blocks).to(tl.int64)
