@@ -1,0 +1,109 @@
+"""Every scope, rule, layout, route, type, activation and residual against the reference, each two of them together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from normfused.activations import ACTIVATIONS
+from normfused.backends.triton.plan import Limits
+from normfused.problem import CHANNEL, POSITION, PRE_NORM, RMS, SAMPLE_GROUP, STANDARD
+
+from .cases import KINDS, LOOPED, SMALL, Case, pairwise
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+FACTORS = {
+    "kind": list(KINDS),
+    "act": [name for name in ACTIVATIONS if name not in ("prelu", "tlu")] + ["prelu", "tlu", "prelu shared", "tlu shared"],
+    "dtype": DTYPES,
+    "layout": ["nchw", "nhwc"],
+    "route": ["single_pass", "two_pass"],
+    "residual": [None, "pre_act", "post_act"],
+    "shape": [(2, 6, 5, 3), (3, 6, 7), (1, 6, 2, 2, 9), (5, 6), (3, 6, 1, 1)],
+    "parameters": ["both", "none", "bias", "half"],
+}
+
+
+def _allowed(row: dict[str, Any]) -> bool:
+    kind, flat = row["kind"], row["shape"] in ((5, 6), (3, 6, 1, 1))
+    if "pre-norm" in kind and row["residual"] is not None:
+        return False
+    if row["layout"] == "nhwc" and row["shape"] == (5, 6):
+        return False
+    # instance norm of single elements is refused by the norms
+    return not (flat and kind.startswith("instance"))
+
+
+ROWS = pairwise(FACTORS, _allowed)
+
+
+def _case(row: dict[str, Any], device: torch.device, **more: Any) -> Case:
+    act = row["act"].split()[0]
+    options = {"residual": row["residual"], **KINDS[row["kind"]]}
+    looped = row["route"] == "two_pass" and options["scope"] == POSITION
+    return Case(
+        shape=row["shape"], layout=row["layout"], dtype=row["dtype"], route=row["route"], act=act, device=device,
+        limits=LOOPED if looped else SMALL, shared_act_weight="shared" in row["act"],
+        weight=row["parameters"] in ("both", "half"), bias=row["parameters"] != "none", half_parameters=row["parameters"] == "half",
+        **{**options, **more},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: "-".join(str(v).replace("torch.", "") for v in r.values()))
+def test_pairs(row: dict[str, Any], device: torch.device) -> None:
+    _case(row, device, seed=ROWS.index(row)).check()
+
+
+LENGTHS = st.lists(st.integers(1, 7), max_size=3)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_shapes(data: st.DataObject, device: torch.device) -> None:
+    draw = data.draw
+    scope = draw(st.sampled_from([CHANNEL, SAMPLE_GROUP, POSITION]))
+    rule = STANDARD if scope == CHANNEL else draw(st.sampled_from([STANDARD, RMS]))
+    groups, width = draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    shape = (draw(st.integers(1, 4)), groups * width, *draw(LENGTHS))
+    tile = 1 << draw(st.integers(2, 7))
+    rows = tile * draw(st.sampled_from([1, 64]))
+    limits = Limits(draw(st.integers(1, 3)), tile, 1024, 1024, rows, rows, draw(st.sampled_from([1, 4])))
+    Case(
+        scope, rule, shape, groups if scope == SAMPLE_GROUP else 1,
+        layout=draw(st.sampled_from(["nchw", "nhwc"])) if len(shape) > 2 else "nchw",
+        act=draw(st.sampled_from(["relu", "silu", "prelu"])),
+        residual=draw(st.sampled_from([None, "pre_act", PRE_NORM if scope == POSITION else "post_act"])),
+        route=draw(st.sampled_from(["single_pass", "two_pass"])), limits=limits, device=device, dtype=torch.float64,
+        seed=draw(st.integers(0, 99)),
+    ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("route", ["single_pass", "two_pass"])
+def test_default_limits(kind: str, route: str, device: torch.device) -> None:
+    """Tiles as on a GPU, mostly empty here."""
+    Case(shape=(2, 6, 9), act="gelu", route=route, limits=None, device=device, **KINDS[kind]).check()
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("kind", ["channel tracked", "group", "filter response, eps each", "position"])
+def test_long_offsets_are_the_same(kind: str, layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of tensors whose tiles span 2^31 elements, on a small one."""
+    from dataclasses import replace
+
+    from normfused.backends.triton import host
+
+    def wide(*args: Any, **options: Any) -> Any:
+        plan = before(*args, **options)
+        parts = {n: replace(t, wide=True) for n in ("stream", "sets", "rows") if (t := getattr(plan, n)) is not None}
+        return replace(plan, **parts)
+
+    before = host.plan_for
+    monkeypatch.setattr(host, "plan_for", wide)
+    for route in ("single_pass", "two_pass"):
+        limits = LOOPED if kind == "position" and route == "two_pass" else SMALL
+        Case(layout=layout, route=route, limits=limits, device=device, **KINDS[kind]).check()
