@@ -36,14 +36,14 @@ def group_norm_act(
         x: (N, C, \*), at least 2 dimensions, float16, bfloat16, float32 or float64, any memory format.
         num_groups: G, divides C.
         weight, bias: (C,) or None, x's type or float32.
-        eps: default 1e-5, >= 0.
+        eps: default 1e-5. Like torch's function this one does not refuse a negative eps (NaN where the sum is negative); the layer does.
         act, act_param, residual, residual_mode, backend: as in `batch_norm_act`.
 
     Returns:
         Tensor like x, in x's memory format.
 
     Raises:
-        ValueError: one value per set in a single set, eps, unknown names; ShapeError: C not divisible by G, shapes;
+        ValueError: one value per set in a single set, unknown names; ShapeError: C not divisible by G, shapes;
             DTypeError, DeviceError, RuntimeError as in `batch_norm_act`.
 
     Differentiable in x, residual, weight, bias, act_param, twice; deterministic; scope sample_group, rule standard.
@@ -56,7 +56,6 @@ def group_norm_act(
     channels = x.shape[1]
     if num_groups <= 0 or channels % num_groups:
         raise checks.ShapeError(f"{op}: num_groups must divide the number of channels, got num_groups={num_groups} and C={channels}")
-    checks.eps(op, eps)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             checks.parameter(op, name, value, x, channels)

@@ -34,7 +34,6 @@ def over_position(
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape:
         raise checks.ShapeError(f"{op}: normalized_shape must have at least 1 dimension, got {normalized_shape!r}")
-    checks.eps(op, eps)
     if dim not in (-1, 1):
         raise ValueError(f"{op}: dim must be -1 (trailing dimensions) or 1 (channels of (N, C, *)), got {dim}")
     over_channels = dim == 1
@@ -81,7 +80,7 @@ def layer_norm_act(
         x: any shape that ends in ``normalized_shape``, or (N, C, \*) with ``dim=1``; float16, bfloat16, float32 or float64.
         normalized_shape: int or sequence; with ``dim=1`` the number of channels.
         weight, bias: of shape ``normalized_shape`` or None, x's type or float32.
-        eps: default 1e-5, >= 0.
+        eps: default 1e-5. Like torch's function this one does not refuse a negative eps (NaN where the sum is negative); the layer does.
         dim: -1 (default) or 1.
         act, act_param, backend: as in `batch_norm_act` (an ``act_param`` of D values lies along the normalized elements).
         residual: same shape and type as x.

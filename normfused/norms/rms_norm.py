@@ -37,7 +37,8 @@ def rms_norm_act(
 
     Args:
         x, normalized_shape, weight, dim, act, act_param, residual, residual_mode, backend: as in `layer_norm_act`.
-        eps: >= 0; None (default) is the machine epsilon of float32 (of float64 for float64), as in torch.
+        eps: None (default) is the machine epsilon of float32 (of float64 for float64), as in torch.
+            Negative values as in `layer_norm_act`.
 
     Returns:
         Tensor like x; with ``residual_mode="pre_norm"`` the pair (y, h).
