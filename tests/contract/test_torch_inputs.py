@@ -143,7 +143,7 @@ def test_operator_samples(info, dtype):
     for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
         count += 1
 
-        def run(function, x, *rest, keywords=sample.kwargs):  # noqa: B006
+        def run(function, x, *rest, keywords=sample.kwargs):
             if function is theirs:
                 keywords, rest = {k: widened(v) for k, v in keywords.items()}, [widened(t) for t in rest]
             keywords = {k: v.detach().clone() if isinstance(v, torch.Tensor) and "running" in k else v for k, v in keywords.items()}
