@@ -38,7 +38,11 @@ def _activation(p: Problem, act_weight: Tensor | None) -> dict[str, Any]:
 
 
 def _layout(g: Geometry) -> dict[str, Any]:
-    return {"NHWC": g.nhwc, "ALIGN": g.align}
+    return {"NHWC": g.nhwc, "ALIGN": _align(g)}
+
+
+def _align(g: Geometry) -> int:
+    return 1 if g.vector == 16 else g.vector  # Triton finds out about 16 by itself
 
 
 def _tiles(g: Geometry, t: Stream) -> dict[str, Any]:
@@ -50,7 +54,7 @@ def _where(g: Geometry, t: Stream) -> tuple[int, ...]:
 
 
 def _sets(g: Geometry, t: SetTile) -> dict[str, Any]:
-    return {"ALIGN": 1 if g.nhwc else g.align, "WIDE": t.wide, "BSET": t.BSET, "BR": t.BR, "BS": t.BS, "num_warps": t.num_warps}
+    return {"ALIGN": 1 if g.nhwc else _align(g), "WIDE": t.wide, "BSET": t.BSET, "BR": t.BR, "BS": t.BS, "num_warps": t.num_warps}
 
 
 def _set_strides(g: Geometry, t: SetTile) -> tuple[int, ...]:

@@ -61,10 +61,9 @@ class Geometry:
         return self.C if self.nhwc else 1
 
     @property
-    def align(self) -> int:
-        """The power of 2 up to 8 that divides the contiguous length; 1 where 16 does, which Triton finds out by itself."""
-        contiguous = self.C if self.nhwc else self.S
-        return 1 if contiguous % 16 == 0 else math.gcd(contiguous, 8)
+    def vector(self) -> int:
+        """The power of 2 up to 16 that divides the contiguous length, so that many elements may be accessed together."""
+        return math.gcd(self.C if self.nhwc else self.S, 16)
 
     @property
     def sets(self) -> int:
@@ -168,11 +167,13 @@ def stream(p: Problem, limits: Limits) -> Stream:
     TILES = min(limits.max_tiles, 1 << max(wanted.bit_length() - 1, 0), power_of_2(tiles))
     chunks = cdiv(tiles, TILES)
     wide = (BC - 1) * g.sC + (BS - 1) * g.sS >= 2**31
-    return Stream(BC, BS, TILES, s_tiles, tiles, chunks, g.outer * blocks * chunks, wide, _warps(BC * BS))
+    return Stream(BC, BS, TILES, s_tiles, tiles, chunks, g.outer * blocks * chunks, wide, _warps(p, BC * BS))
 
 
-def _warps(elements: int, per_lane: int = 16, most: int = 16) -> int:
-    return min(max(elements // (32 * per_lane), 1 if elements < 512 else 4), most)
+def _warps(p: Problem, elements: int) -> int:
+    """16 values a lane; 8 where each takes two registers, or has an address of its own to hold."""
+    per_lane, most = (8, 32) if p.dtype == torch.float64 or geometry(p).vector < 4 else (16, 16)
+    return min(max(elements // (32 * per_lane), 1), most)
 
 
 def set_tile(p: Problem, limits: Limits, backward: bool) -> SetTile | None:
@@ -180,6 +181,7 @@ def set_tile(p: Problem, limits: Limits, backward: bool) -> SetTile | None:
     g = geometry(p)
     limit = limits.grad_set_tile if backward else limits.set_tile
     limit = limit // 2 if p.dtype == torch.float64 else limit
+    limit = min(limit, 8192) if g.vector < 4 else limit  # 32 warps of 8 values
     if p.scope == CHANNEL:
         R, S, row_stride, set_stride, per_outer = g.inner, g.S, g.C * g.S, g.sC, g.C
     else:
@@ -198,13 +200,14 @@ def set_tile(p: Problem, limits: Limits, backward: bool) -> SetTile | None:
     wide = (BSET - 1) * set_stride + (BR - 1) * row_stride + (BS - 1) * g.sS >= 2**31
     programs = cdiv(per_outer, BSET) * outers
     elements = BSET * BR * BS
-    return SetTile(BSET, BR, BS, R, S, row_stride, set_stride, g.C * g.S, per_outer, programs, wide, _warps(elements))
+    return SetTile(BSET, BR, BS, R, S, row_stride, set_stride, g.C * g.S, per_outer, programs, wide, _warps(p, elements))
 
 
 def row_tile(p: Problem, limits: Limits, backward: bool) -> RowTile:
     g = geometry(p)
     limit = limits.grad_row_tile if backward else limits.row_tile
     limit = limit // 2 if p.dtype == torch.float64 else limit
+    limit = min(limit, 8192) if g.vector < 4 else limit  # 32 warps of 8 values
     BC = power_of_2(g.C)
     small = min(limits.stream_tile, limit)
     if g.nhwc:
@@ -221,7 +224,7 @@ def row_tile(p: Problem, limits: Limits, backward: bool) -> RowTile:
             BC = max(small // BP, 1)
     blocks = cdiv(g.S, BP)
     all_blocks = g.inner * blocks
-    num_warps = _warps(BP * BC)
+    num_warps = _warps(p, BP * BC)
     resident = limits.processors * max(16 // num_warps, 1)
     wide = (BP - 1) * g.sS + (BC - 1) * g.sC >= 2**31
     return RowTile(BP, BC, cdiv(g.C, BC), power_of_2(cdiv(all_blocks, resident)), blocks, all_blocks, wide, num_warps)
