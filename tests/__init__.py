@@ -1,0 +1,1 @@
+"""The tests of normfused; `conftest.py` says how to select a backend."""

@@ -1,0 +1,1 @@
+"""Every norm function against its float64 oracle."""

@@ -1,0 +1,1 @@
+"""The steps below the norms: moments, coefficients, apply, activations, Problem."""
