@@ -447,17 +447,17 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """The backward as differentiable operations: the vector-Jacobian product of the composite, recomputed from what was saved."""
     scope, rule, groups, batch_statistics, eps, _, act_name, p0, p1, residual_mode, _ = static
-    act = Activation(act_name, p0, p1)
+    act, storage, wide = Activation(act_name, p0, p1), x.dtype, accumulation_dtype(x.dtype)
     create_graph = torch.is_grad_enabled()
     dresidual = None
     if residual_mode == POST_ACT:
         dresidual = dy
-    upstream, epilogue_mode = dy, residual_mode
-    if residual_mode == PRE_ACT and (z_source is None or act.derivative_from_y(x.dtype)):
+    upstream, epilogue_mode = dy.to(wide), residual_mode
+    if residual_mode == PRE_ACT and (z_source is None or act.derivative_from_y(storage)):
         # y was saved in place of the residual; it is an output, so its own history carries the second derivative
         if z_source is not None:
-            upstream = grad_activate_from_y(dy, z_source, act)
-        dresidual, act, epilogue_mode = upstream, Activation("identity"), None
+            upstream = grad_activate_from_y(upstream, z_source, act)
+        dresidual, act, epilogue_mode = upstream.to(storage), Activation("identity"), None
     elif residual_mode != PRE_ACT:
         epilogue_mode = None
     inputs: list[Tensor | None] = [x, z_source if epilogue_mode == PRE_ACT else None, weight, bias, act_weight, eps_weight]
@@ -465,20 +465,20 @@ def _differentiable_backward(
         leaves = [_own_node(t, create_graph) for t in inputs]
         xl, rl, wl, bl, al, el = leaves
         assert xl is not None
+        xw = xl.to(wide)  # its gradient is taken, so that dh joins it before the one rounding
         if batch_statistics:
             y, _ = composite.norm_act(
-                xl, rl, wl, bl, al, el, None, None, None, scope, rule, groups, True, eps, None, act, epilogue_mode
+                xw, rl, wl, bl, al, el, None, None, None, scope, rule, groups, True, eps, None, act, epilogue_mode
             )  # fmt: skip
         else:
-            wide = rstd.dtype
-            z = composite.frozen(xl.to(wide), None if wl is None else wl.to(wide), None if bl is None else bl.to(wide), mean, rstd)
-            y = composite.activate_add(z, rl, act, al, epilogue_mode).to(x.dtype)
-        wanted = [t for t, need in zip(leaves, needs[:6], strict=True) if t is not None and (need or t is xl)]
+            z = composite.frozen(xw, None if wl is None else wl.to(wide), None if bl is None else bl.to(wide), mean, rstd)
+            y = composite.activate_add(z, rl, act, al, epilogue_mode)
+        wanted = [xw if t is xl else t for t, need in zip(leaves, needs[:6], strict=True) if t is not None and (need or t is xl)]
         found = iter(torch.autograd.grad(y, wanted, upstream, create_graph=create_graph, allow_unused=True))
     gradients = [next(found) if t is not None and (need or t is xl) else None for t, need in zip(leaves, needs[:6], strict=True)]
     dx = gradients[0]
-    if dh is not None and dx is not None:
-        dx = dx + dh
+    if dx is not None:
+        dx = dense((dx if dh is None else dx + dh).to(storage), layout_of(x))
     if residual_mode == PRE_NORM:
         dresidual = dx
     elif gradients[1] is not None:

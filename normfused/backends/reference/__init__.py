@@ -74,9 +74,7 @@ def norm_act_backward(
             deps_weight = rms.eps_gradient(rstd, b, eps_weight)
     else:
         dz_scale, q, r = standard.coefficients_vjp(p, rstd, a, b, weight)
-    dx = _grad_apply.grad_apply(p, dz, x, centre, dz_scale, q, r)
-    if dh is not None:
-        dx = dx + dh
+    dx = _grad_apply.grad_apply(p, dz, x, centre, dz_scale, q, r, dh)
     dweight, dbias = standard.parameter_gradients(p, dz, xc, sum_dz, sum_dz_xc, rstd)
     return (
         dx,
