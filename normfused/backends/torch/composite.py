@@ -91,6 +91,8 @@ def frozen(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, 
 def grouped(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Group norm that keeps channels_last, through a copy: ATen's CPU kernel for it takes E[x^2] - E[x]^2 and loses everything at
     a large mean."""
+    if weight is None and bias is not None:  # ATen's backward of a bias alone fails: "tensor does not have a device"
+        return affine(grouped(x, groups, None, None, eps), None, bias)
     if layout_of(x) != NHWC:
         return torch.group_norm(x, groups, weight, bias, eps, torch.backends.cudnn.enabled)
     return dense(torch.group_norm(x.contiguous(), groups, weight, bias, eps, torch.backends.cudnn.enabled), NHWC)
