@@ -11,11 +11,9 @@ from normfused import ACTIVATIONS, ops
 from tests.support.check import DTYPES, HALF, LAYOUTS, arguments, compare, data, layout
 from tests.support.formulas import KINDS, Kind
 
-SCOPES = {"channel": "channel", "group": "sample_group", "rows": "position", "channels": "position"}
-
 
 def _fused(kind: Kind, x: torch.Tensor, backend: str) -> bool:
-    return ops.path(x, backend, SCOPES[kind.dims], "rms" if kind.rms else "standard") == "fused"
+    return ops.path(x, backend, kind.scope, "rms" if kind.rms else "standard") == "fused"
 
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)

@@ -78,6 +78,11 @@ class Kind:
     spatial: bool = False  # needs more than one position
     buffers: bool = field(default=False)
 
+    @property
+    def scope(self) -> str:
+        """The library's word for it."""
+        return {"channel": "channel", "group": "sample_group"}.get(self.dims, "position")
+
     def features(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of weight and bias."""
         return tuple(shape[-self.trailing :]) if self.dims == "rows" else (shape[1],)

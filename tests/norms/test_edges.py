@@ -1,0 +1,207 @@
+"""Numbers at their worst: large means, constant sets, NaN, ties, one element, nothing at all; and invariants that hold at any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import normfused.functional as NF
+from tests.support.check import DEVICE, arguments, close, compare, data, error, layout
+from tests.support.formulas import BY_NAME, KINDS, Kind
+
+kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
+SETS = [k for k in KINDS if not k.frozen]
+CENTRED = [k for k in SETS if not k.rms]
+
+
+def _shifted(kind: Kind, mean: float, form: str) -> torch.Tensor:
+    return layout(data((4, 6, 8, 6), mean=0) + mean, form)
+
+
+@pytest.mark.parametrize("kind", CENTRED, ids=lambda k: k.name)
+@pytest.mark.parametrize("form", ["contiguous", "channels_last"])
+def test_mean_a_hundred_deviations(kind: Kind, form: str, backend: str) -> None:
+    """1e-5, and 1e-4 for the steps composed of ATen's kernels (1.5e-5 at worst); E[x^2] - E[x]^2 would give 6e-4."""
+    x = _shifted(kind, 100.0, form)
+    tolerance = 1e-4 if backend == "torch" else 1e-5
+    compare(kind, x, arguments(kind, tuple(x.shape), act="relu"), backend, tolerance=tolerance, parameters=tolerance)
+
+
+@pytest.mark.parametrize("kind", CENTRED, ids=lambda k: k.name)
+@pytest.mark.parametrize("form", ["contiguous", "channels_last"])
+def test_mean_a_thousand_deviations(kind: Kind, form: str, backend: str) -> None:
+    """y within 1e-3; anything worse is E[x^2] - E[x]^2, which gives 7e-2."""
+    x = _shifted(kind, 1000.0, form)
+    a = arguments(kind, tuple(x.shape))
+    close("y", kind.call(x, a, backend), kind.oracle(x.double(), a.wide())[0], 1e-3)
+
+
+@pytest.mark.parametrize("kind", CENTRED, ids=lambda k: k.name)
+def test_constant_sets(kind: Kind, backend: str) -> None:
+    """No variance: y is the bias up to rho times the mean's rounding, and dx is finite."""
+    x = torch.full(kind.shape, 3.3, device=DEVICE, requires_grad=True)
+    a = arguments(kind, kind.shape)
+    y = kind.call(x, a, backend)
+    b = kind.broadcast(a.bias, kind.shape)
+    assert b is not None
+    assert float((y - b).abs().max()) < 316 * 3.3 * 1e-6
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.isfinite(dx).all()
+
+
+@pytest.mark.parametrize("kind", SETS, ids=lambda k: k.name)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_stays_in_its_set(kind: Kind, bad: float, backend: str) -> None:
+    """Every element of the set becomes NaN and no element of another, also behind relu."""
+    x = data(kind.shape)
+    clean = kind.call(x, arguments(kind, kind.shape, act="relu"), backend)
+    x[1, 2, 1, 1] = bad
+    y = kind.call(x, arguments(kind, kind.shape, act="relu"), backend)
+    _, _, z, _ = kind.oracle(x.double(), arguments(kind, kind.shape).wide())
+    touched = z.isnan()
+    if bad != bad or not kind.rms:  # an infinite mean square makes everything else in the set zero
+        assert y.isnan()[touched].all()
+    hat_touched = touched | (z != kind.oracle(data(kind.shape).double(), arguments(kind, kind.shape).wide())[2])
+    assert not y.isnan()[~hat_touched].any()
+    close("other sets", y[~hat_touched], clean.double()[~hat_touched], 1e-6)
+
+
+@pytest.mark.triton_surface
+@pytest.mark.parametrize("learned", [None, "scalar", "channel"])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_frn_of_one_position(learned: str | None, size: float, backend: str) -> None:
+    """dx = gamma*rho^3*eps*dy: the general formula is off by 100 % from |x| = 10 on."""
+    kind = BY_NAME[{None: "frn", "scalar": "frn_eps1", "channel": "frn_epsC"}[learned]]
+    for shape in ((4, 6), (4, 6, 1, 1)):
+        x = ((data(shape, mean=0).sign() + 0.3 * data(shape, mean=0, seed=4)) * size).requires_grad_()
+        a = arguments(kind, shape)
+        x64 = x.detach().double().requires_grad_()
+        a64 = a.wide()
+        dy = data(shape, seed=5)
+        (dx,) = torch.autograd.grad(kind.call(x, a, backend), x, dy)
+        eps: torch.Tensor = torch.full((6,), kind.eps, dtype=torch.float64, device=DEVICE)
+        if a64.eps_l is not None:
+            eps = eps + a64.eps_l.detach().abs()
+        eps, w = (t.view(1, 6, *[1] * (len(shape) - 2)) for t in (eps, a64.weight.detach()))  # type: ignore[union-attr]
+        want = w * (x64.detach() ** 2 + eps) ** -1.5 * eps * dy.double()
+        assert float(((dx.double() - want).abs() / want.abs()).max()) < 1e-5
+
+
+def test_tlu_tie_belongs_to_the_norm(backend: str) -> None:
+    """x = 0, bias = 0, tau = 0 at initialization: dy goes to x, nothing to tau; PyTorch's maximum would halve it."""
+    x = torch.zeros(2, 3, 4, device=DEVICE, requires_grad=True)
+    w, b, tau = (torch.full((3,), v, device=DEVICE, requires_grad=True) for v in (1.0, 0.0, 0.0))
+    y = NF.filter_response_norm(x, w, b, tau, backend=backend)
+    dx, db, dtau = torch.autograd.grad(y.sum(), (x, b, tau))
+    assert torch.equal(dtau, torch.zeros(3, device=DEVICE))
+    assert torch.equal(db, torch.full((3,), 8.0, device=DEVICE))
+    close("dx", dx, torch.full(x.shape, 1e3, dtype=torch.float64), 1e-5)
+
+
+@kinds
+def test_empty_batch(kind: Kind, backend: str) -> None:
+    """An empty y and dx, zero parameter gradients."""
+    shape = (0, *kind.shape[1:])
+    x = torch.zeros(shape, device=DEVICE, requires_grad=True)
+    for act, mode in (("relu", None), ("prelu", "pre_act")):
+        a = arguments(kind, shape, act=act, mode=mode)
+        y = kind.call(x, a, backend)
+        assert y.shape == x.shape
+        named = {"x": x, **a.named()}
+        for name, grad in zip(named, torch.autograd.grad(y.sum(), list(named.values())), strict=True):
+            assert grad.shape == named[name].shape and not grad.any(), name
+
+
+@kinds
+def test_twice_the_same(kind: Kind, backend: str) -> None:
+    """Bit for bit: no order of summation is left to chance."""
+    x = data(kind.shape).requires_grad_()
+    seen = []
+    for _ in range(2):
+        a = arguments(kind, kind.shape, act="gelu", mode="pre_act")
+        y = kind.call(x, a, backend)
+        seen.append((y, *torch.autograd.grad(y, [x, *a.named().values()], data(kind.shape, seed=3))))
+    assert all(torch.equal(p, q) for p, q in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("kind", CENTRED, ids=lambda k: k.name)
+def test_dx_sums_to_zero_over_every_set(kind: Kind, backend: str) -> None:
+    """A constant added to a set changes nothing, so the gradient along it is zero."""
+    x = data(kind.shape).requires_grad_()
+    (dx,) = torch.autograd.grad(kind.call(x, arguments(kind, kind.shape, act="silu"), backend), x, data(kind.shape, seed=3))
+    if kind.dims == "group":
+        dx = dx.reshape(kind.shape[0], kind.groups or kind.shape[1], -1)
+        total = dx.sum(2)
+    elif kind.dims == "channel":
+        total = dx.sum((0, 2, 3))
+    else:
+        total = dx.sum(1 if kind.dims == "channels" else tuple(range(-kind.trailing, 0)))
+    assert float(total.abs().max()) < 2e-5 * float(dx.abs().max())
+
+
+def test_limiting_cases(backend: str) -> None:
+    """Norms that are the same norm for some setting, among them FRN of centred slices and instance norm, TLU at 0 and relu."""
+    x = data((3, 6, 4, 5))
+    x64 = x.double()
+    k = {"backend": backend}
+    close("GN(C) = IN", NF.group_norm_act(x, 6, **k), F.instance_norm(x64), 1e-5)
+    close("GN(1) = LN", NF.group_norm_act(x, 1, **k), F.layer_norm(x64, (6, 4, 5)), 1e-5)
+    close("BN of one sample = IN", NF.batch_norm_act(x[:1], None, None, training=True, **k), F.instance_norm(x64[:1]), 1e-5)
+    close("FRN = RMS", NF.filter_response_norm(x, eps=1e-6, **k), F.rms_norm(x64.flatten(2), (20,), eps=1e-6).view_as(x), 1e-5)
+    centred = x - x.mean((2, 3), keepdim=True)
+    close("FRN centred = IN", NF.filter_response_norm(centred, eps=1e-5, **k), F.instance_norm(x64), 1e-5)
+    zero = torch.zeros(6, device=DEVICE)
+    assert torch.equal(NF.filter_response_norm(x, tau=zero, **k), NF.filter_response_norm(x, act="relu", **k))
+    assert torch.equal(NF.filter_response_norm(x, tau=zero - 1e9, **k), NF.filter_response_norm(x, **k))
+    one = NF.layer_norm_act(x[..., :1], 1, None, torch.full((1,), 0.5, device=DEVICE), **k)
+    assert torch.equal(one, torch.full_like(one, 0.5))
+
+
+def test_one_element_groups_give_the_bias(backend: str) -> None:
+    """Legal with more than one sample: y = bias, dx = 0."""
+    x = data((4, 6)).requires_grad_()
+    b = torch.arange(6.0, device=DEVICE)
+    y = NF.group_norm_act(x, 6, None, b, backend=backend)
+    close("y", y, b.double().expand(4, 6), 1e-6)
+    (dx,) = torch.autograd.grad(y.square().sum(), x)
+    assert float(dx.abs().max()) < 1e-5 * 316 * 10  # against |p*dz|
+
+
+def test_error_measure_sees_a_wrong_number() -> None:
+    """The measure all of this rests on: an error of one element, a NaN and a wrong shape are seen."""
+    e = data((4, 6)).double()
+    a = e.clone()
+    a[1, 1] += 1e-3 * float(e.abs().max())
+    assert error(a, e) == pytest.approx(1e-3)
+    a[0, 0] = torch.nan
+    assert error(a, e) == float("inf")
+    with pytest.raises(AssertionError):
+        error(e[:1], e)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    n=st.integers(1, 4),
+    c=st.integers(1, 9),
+    spatial=st.lists(st.integers(1, 9), min_size=0, max_size=3),
+    kind=st.sampled_from([k for k in KINDS if k.name not in ("group_C", "group_3", "instance", "layer_rows2")]),
+    act=st.sampled_from(["identity", "relu", "gelu", "elu", "tlu"]),
+    mode=st.sampled_from([None, "pre_act", "post_act"]),
+    last=st.booleans(),
+)
+def test_any_shape(n: int, c: int, spatial: list[int], kind: Kind, act: str, mode: str | None, last: bool, backend: str) -> None:
+    """Random shapes; sets of fewer than three elements, whose gradient cancels to rounding, have tests of their own."""
+    shape = (n, c, *spatial)
+    count = 1
+    for s in spatial:
+        count *= s
+    size = {"channel": n * count, "group": c * count, "channels": c, "rows": shape[-1]}[kind.dims]
+    if kind.learned_eps or kind.name == "frn":
+        size = count
+    if size < 3 or (kind.name == "instance_eval" and len(shape) < 3):
+        return
+    x = data(shape, mean=1.0)
+    compare(kind, layout(x, "channels_last") if last and len(shape) > 2 else x, arguments(kind, shape, act=act, mode=mode), backend)
