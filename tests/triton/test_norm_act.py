@@ -61,7 +61,7 @@ def test_pairs(row: dict[str, Any], device: torch.device) -> None:
 LENGTHS = st.lists(st.integers(1, 7), max_size=3)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_shapes(data: st.DataObject, device: torch.device) -> None:
     draw = data.draw

@@ -16,15 +16,15 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("
 
 
 @triton.jit
-def to_storage(value, DTYPE: tl.constexpr):
-    """value rounded to the nearest DTYPE, ties to even."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
+def to_storage(value, storage: tl.constexpr):
+    """value rounded to the nearest value of type storage, ties to even."""
+    if INTERPRETED and storage == tl.bfloat16:
         # Triton's interpreter truncates; after this rounding there is nothing left to truncate
         bits = value.to(tl.float32).to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-        return tl.where(value != value, value.to(tl.float32), rounded).to(DTYPE)
+        return tl.where(value != value, value.to(tl.float32), rounded).to(storage)
     else:
-        return value.to(DTYPE)
+        return value.to(storage)
 
 
 @triton.jit
