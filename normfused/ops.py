@@ -494,7 +494,7 @@ def _see_through() -> bool:
 def norm_act(x: Tensor, *call: Any) -> tuple[Tensor, Tensor | None]:
     """(y, h) of a checked call, with the arguments of `_norm_act_any`: the one door to every backend."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):
         # "keep": the composite must not be upcast behind our back; policy "torch" has cast before it came here
         with torch.autocast(kind, enabled=False):
             return _norm_act_any(x, *call)
