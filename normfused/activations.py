@@ -65,7 +65,9 @@ class Activation:
             return False
         if self.name in ("leaky_relu", "elu"):
             return self.p0 > 0
-        return self.name in ("relu", "relu6", "hardsigmoid", "softplus")
+        if self.name == "softplus":  # between z and the threshold y does not tell the branch; the slopes differ by exp(-threshold)
+            return self.p1 >= 16
+        return self.name in ("relu", "relu6", "hardsigmoid")
 
     def __str__(self) -> str:
         names = _PARAMETER_NAMES.get(self.name, ())
