@@ -108,7 +108,7 @@ def _fused(norm, act, mode, backend):
     tensor_bytes = x.numel() * 4
     expected = {"x": tensor_bytes}
     if mode == "pre_act" and act != "identity":
-        expected["y" if Activation(act, 1.0).derivative_from_y(torch.float32) else "r"] = tensor_bytes
+        expected["y" if Activation(act, *ACTIVATIONS[act]).derivative_from_y(torch.float32) else "r"] = tensor_bytes
     moments = named.pop("other")
     assert named == expected
     # two float32 numbers a set; the smallest set has 8 elements
