@@ -1,0 +1,52 @@
+"""``python -m bench.cpu_ratio``: normfused on the CPU against the torch.nn chain, interleaved, float32, forward and with backward.
+
+Aims: at most 1.05 for tensors of 4 MB and more, at most 15 us more below, FRN+TLU at least 1.5 times as fast. Group and instance norm in
+channels_last are reported, not bounded: ATen's kernels are inaccurate or copy there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+
+from .cases import CHANNELS_LAST, QUICK, Case
+from .providers import Provider, eager, ours, prepare, step, tensors
+from .timing import interleaved
+
+
+def bound(case: Case) -> str:
+    if case.norm in ("group", "instance") and case.layout == CHANNELS_LAST:
+        return ""
+    if case.norm == "frn":
+        return "<= 0.67"
+    return "<= 1.05" if case.tensor_bytes >= 4 * 10**6 else "<= +15 us"
+
+
+def measure(case: Case, rounds: int) -> tuple[float, float, float, float]:
+    """(chain us, ours us, median ratio of neighbours, median difference us) of forward and backward."""
+    x, residual, dy = tensors(case, "cpu")
+    leaves = [(x.clone().requires_grad_(), None if residual is None else residual.clone().requires_grad_()) for _ in range(2)]
+    modules = prepare(Provider("eager", eager), case, "cpu"), prepare(Provider("torch", ours("torch")), case, "cpu")
+    chain, own = interleaved(lambda: step(modules[0], *leaves[0], dy), lambda: step(modules[1], *leaves[1], dy), rounds)
+    ratio = statistics.median(b / a for a, b in zip(chain, own, strict=True))
+    difference = statistics.median(b - a for a, b in zip(chain, own, strict=True))
+    return 1e6 * statistics.median(chain), 1e6 * statistics.median(own), ratio, 1e6 * difference
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40, help="pairs of runs a case (small cases: ten times as many)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    print(f"torch {torch.__version__}, {given.threads} threads; forward+backward, us\n")
+    print("| case | torch.nn | normfused | ratio | difference | aim |\n|---|---|---|---|---|---|")
+    for case in QUICK:
+        chain, own, ratio, difference = measure(case, given.rounds * (10 if case.tensor_bytes < 2**20 else 1))
+        print(f"| {case.name} | {chain:.0f} | {own:.0f} | {ratio:.2f} | {difference:+.0f} us | {bound(case)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

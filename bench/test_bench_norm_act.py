@@ -1,0 +1,73 @@
+"""Every case by every provider, forward and forward+backward, grouped by case; a provider that is wrong is reported, not timed."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from .cases import MATRIX, QUICK, Case
+from .providers import Provider, all_providers, error_against_float64, prepare, saved_bytes, step, tensors
+from .timing import cuda_event_timer, rotation
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    quick, device = config.getoption("--quick"), str(config.getoption("--device"))
+    providers = [p for p in all_providers(device) if p.absent is None]
+    if config.getoption("benchmark_disable", False):  # a smoke test: compiling everything would take minutes
+        providers = [p for p in providers if p.name != "compile"]
+    combinations = [
+        pytest.param(case, provider, direction, id=f"{case.name}-{provider.name}-{direction}")
+        for case in (QUICK if quick else MATRIX)
+        for direction in ("forward", "forward_backward")
+        for provider in providers
+        if provider.refuses(case) is None
+    ]
+    metafunc.parametrize(("case", "provider", "direction"), combinations)
+
+
+def test_norm_act(benchmark, case: Case, provider: Provider, direction: str, device: str, ceiling: float, request) -> None:
+    benchmark.group = f"{case.name} {direction}"
+    error = error_against_float64(provider, case, device)
+    if not error <= 1:
+        pytest.fail(f"{provider.name} is wrong: {error:.3g} times the allowed error")
+    module = prepare(provider, case, device)
+    sets = []
+    for seed in range(rotation(case.floor_bytes("forward_backward"), device)):
+        x, residual, dy = tensors(case, device, seed)
+        sets.append((x.requires_grad_(direction != "forward"), residual, dy))
+    turns = itertools.cycle(sets)
+
+    def forward() -> object:
+        x, residual, _ = next(turns)
+        with torch.no_grad():
+            return module(x) if residual is None else module(x, residual)
+
+    def forward_backward() -> object:
+        return step(module, *next(turns))
+
+    call = forward if direction == "forward" else forward_backward
+    for _ in range(3):  # compilation and caches, outside the rounds
+        call()
+    kept = None
+    if direction != "forward":
+        x, residual, _ = sets[0]
+        kept = saved_bytes(module, x, residual)
+    if device == "cuda":
+        # device time: the clock is a CUDA event; calibration of such a clock means nothing, so rounds are fixed
+        benchmark._timer = cuda_event_timer(device)
+        benchmark.pedantic(call, rounds=20, iterations=5, warmup_rounds=2)
+    else:
+        rounds = 60 if case.tensor_bytes < 2**20 else 15
+        benchmark.pedantic(call, rounds=rounds, iterations=20 if case.tensor_bytes < 2**20 else 1, warmup_rounds=2)
+    moved = case.floor_bytes(direction)
+    benchmark.extra_info.update(
+        case=case.name, provider=provider.name, direction=direction, error_of_allowed=error, floor_bytes=moved, saved_bytes=kept
+    )  # fmt: skip
+    if benchmark.stats is not None:
+        seconds = benchmark.stats.stats.median
+        benchmark.extra_info.update(
+            median_us=seconds * 1e6, gbps=moved / seconds / 1e9, percent_of_copy=100 * moved / seconds / ceiling, copy_gbps=ceiling / 1e9
+        )  # fmt: skip
