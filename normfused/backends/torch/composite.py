@@ -177,6 +177,10 @@ def normalize(
     normalized_shape: Sequence[int] | None,
 ) -> Tensor:
     """z, the norm without residual and activation, in x's type (not a half type)."""
+    if scope == CHANNEL and x.dim() == 3 and layout_of(x) == NHWC:
+        # ATen knows channels_last by four dimensions only
+        moments = (running_mean, running_var, counter, scope, rule, groups, batch_statistics, eps, momentum, None)
+        return normalize(x.unsqueeze(-1), weight, bias, eps_weight, *moments).squeeze(-1)
     if not batch_statistics:
         assert running_mean is not None and running_var is not None
         mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)
