@@ -135,7 +135,6 @@ def test_importing_the_backend_does_not_import_triton() -> None:
     import sys
 
     code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch, normfused.backends.triton as t; print(t.unavailable('cuda', torch.int8))"
+        "import sys; sys.modules['triton'] = None\nimport torch, normfused.backends.triton as t; print(t.unavailable('cuda', torch.int8))"
     )
     assert "int8" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

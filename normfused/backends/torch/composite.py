@@ -115,7 +115,8 @@ class _OneElement(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
         x, eps = ctx.saved_tensors
         cubed = (x * x + eps) ** -1.5
-        return dy * eps * cubed, (-0.5 * dy * x * cubed).sum_to_size(eps.shape) if ctx.needs_input_grad[1] else None
+        deps = (-0.5 * dy * x * cubed).sum_to_size(eps.shape) if ctx.needs_input_grad[1] else None
+        return dy * eps * cubed, deps
 
 
 class _OneElementForward(_OneElement):
@@ -130,7 +131,7 @@ class _OneElementForward(_OneElement):
     def jvp(ctx: Any, x_t: Tensor, eps_t: Tensor | None) -> Tensor:
         x, eps = ctx.saved_tensors
         cubed = (x * x + eps) ** -1.5
-        tangent = x_t * eps * cubed
+        tangent: Tensor = x_t * eps * cubed
         return tangent if eps_t is None else tangent - 0.5 * x * cubed * eps_t
 
 
@@ -139,7 +140,8 @@ def mean_square(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     effective = eps if eps_weight is None else eps + _broadcast(eps_weight.abs(), x)
     if math.prod(x.shape[2:]) == 1:
         one_element = _OneElement if torch.compiler.is_compiling() else _OneElementForward
-        return affine(one_element.apply(x, torch.as_tensor(effective, dtype=x.dtype, device=x.device)), weight, bias)
+        normalized: Tensor = one_element.apply(x, torch.as_tensor(effective, dtype=x.dtype, device=x.device))  # type: ignore[no-untyped-call]
+        return affine(normalized, weight, bias)
     second = x.square().mean(list(range(2, x.dim())), keepdim=True)
     return affine(x * (second + effective).rsqrt(), weight, bias)
 

@@ -53,7 +53,8 @@ def mean_square(p: Problem, x: Tensor) -> Tensor:
     """Mean of x^2, (N, C)."""
     if p.layout == NHWC:
         return _pixels(p, x).square().mean(1)
-    return torch.linalg.vector_norm(x.reshape(p.N, p.C, p.S), dim=2).square_() / p.S
+    norm: Tensor = torch.linalg.vector_norm(x.reshape(p.N, p.C, p.S), dim=2)
+    return norm.square_() / p.S
 
 
 def over_positions(p: Problem, coefficient: Tensor, x: Tensor) -> Tensor:
