@@ -179,10 +179,6 @@ def normalize(
     normalized_shape: Sequence[int] | None,
 ) -> Tensor:
     """z, the norm without residual and activation, in x's type (not a half type)."""
-    if scope == CHANNEL and x.dim() == 3 and layout_of(x) == NHWC:
-        # ATen knows channels_last by four dimensions only
-        moments = (running_mean, running_var, counter, scope, rule, groups, batch_statistics, eps, momentum, None)
-        return normalize(x.unsqueeze(-1), weight, bias, eps_weight, *moments).squeeze(-1)
     if not batch_statistics:
         assert running_mean is not None and running_var is not None
         mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)
@@ -257,6 +253,8 @@ def norm_act(
         momentum,
         normalized_shape,
     )
+    if scope == CHANNEL and x.dim() == 3 and layout_of(x) == NHWC:
+        z = dense(z, NHWC)  # ATen keeps channels_last for four and five dimensions only
     # z may be x itself or a view of it where a norm has nothing to do; only fresh memory is written over
     inplace = inplace and z.data_ptr() != x.data_ptr()
     if residual_mode == PRE_ACT:
