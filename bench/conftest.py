@@ -37,6 +37,7 @@ def labels(device: str) -> dict[str, object]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "torch": torch.__version__,
         "normfused": normfused.__version__,
         "commit": commit or None,

@@ -37,7 +37,10 @@ def test_norm_act(benchmark, case: Case, provider: Provider, direction: str, dev
     sets = []
     for seed in range(rotation(case.floor_bytes("forward_backward"), device)):
         x, residual, dy = tensors(case, device, seed)
-        sets.append((x.requires_grad_(direction != "forward"), residual, dy))
+        for t in (x, residual):
+            if t is not None:
+                t.requires_grad_(direction != "forward")
+        sets.append((x, residual, dy))
     turns = itertools.cycle(sets)
 
     def forward() -> object:
