@@ -13,7 +13,7 @@ import torch
 import normfused
 
 from .providers import all_providers
-from .timing import copy_rate
+from .timing import copy_rate, time_on_device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,7 +49,9 @@ def labels(device: str) -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> str:
-    return str(request.config.getoption("--device"))
+    name = str(request.config.getoption("--device"))
+    time_on_device(name)
+    return name
 
 
 @pytest.fixture(scope="session")

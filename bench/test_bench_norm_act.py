@@ -9,7 +9,7 @@ import torch
 
 from .cases import MATRIX, QUICK, Case
 from .providers import Provider, all_providers, error_against_float64, prepare, saved_bytes, step, tensors
-from .timing import cuda_event_timer, rotation
+from .timing import clock, graphed, host_seconds, rotation
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -28,6 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "provider", "direction"), combinations)
 
 
+@pytest.mark.benchmark(timer=clock)
 def test_norm_act(benchmark, case: Case, provider: Provider, direction: str, device: str, ceiling: float, request) -> None:
     benchmark.group = f"{case.name} {direction}"
     error = error_against_float64(provider, case, device)
@@ -58,19 +59,21 @@ def test_norm_act(benchmark, case: Case, provider: Provider, direction: str, dev
     if direction != "forward":
         x, residual, _ = sets[0]
         kept = saved_bytes(module, x, residual)
+    small, timed, calls, host, how = case.tensor_bytes < 2**20, call, 1, None, "wall clock"
     if device == "cuda":
-        # device time: the clock is a CUDA event; calibration of such a clock means nothing, so rounds are fixed
-        benchmark._timer = cuda_event_timer(device)
-        benchmark.pedantic(call, rounds=20, iterations=5, warmup_rounds=2)
+        host, calls = 1e6 * host_seconds(call), max(20, len(sets))
+        timed, reason = graphed(call, calls)
+        how = f"{calls} calls in a CUDA graph" if reason is None else f"{calls} calls, the host's time in them; no CUDA graph: {reason}"
+        benchmark.pedantic(timed, rounds=20, warmup_rounds=2)
     else:
-        rounds = 60 if case.tensor_bytes < 2**20 else 15
-        benchmark.pedantic(call, rounds=rounds, iterations=20 if case.tensor_bytes < 2**20 else 1, warmup_rounds=2)
+        benchmark.pedantic(timed, rounds=60 if small else 20, iterations=20 if small else 1, warmup_rounds=2)
     moved = case.floor_bytes(direction)
     benchmark.extra_info.update(
-        case=case.name, provider=provider.name, direction=direction, error_of_allowed=error, floor_bytes=moved, saved_bytes=kept
+        case=case.name, provider=provider.name, direction=direction, error_of_allowed=error, floor_bytes=moved,
+        saved_bytes=kept, clock=how, host_us=host,
     )  # fmt: skip
     if benchmark.stats is not None:
-        seconds = benchmark.stats.stats.median
+        seconds = benchmark.stats.stats.median / calls
         benchmark.extra_info.update(
             median_us=seconds * 1e6, gbps=moved / seconds / 1e9, percent_of_copy=100 * moved / seconds / ceiling, copy_gbps=ceiling / 1e9
         )  # fmt: skip
