@@ -1,7 +1,7 @@
 """``python -m bench.cpu_ratio``: normfused on the CPU against the torch.nn chain, interleaved, float32, forward and with backward.
 
 Aims: at most 1.05 for tensors of 4 MB and more, at most 15 us more below, FRN+TLU at least 1.5 times as fast. Group and instance norm in
-channels_last are reported, not bounded: ATen's kernels are inaccurate or copy there.
+channels_last are reported, not bounded: ATen's kernels are inaccurate or copy there. Small tensors run on one thread, see `threads_for`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from .cases import CHANNELS_LAST, QUICK, Case
 from .providers import Provider, eager, ours, prepare, step, tensors
-from .timing import interleaved
+from .timing import SMALL_BYTES, interleaved, threads_for
 
 
 def bound(case: Case) -> str:
@@ -37,14 +37,14 @@ def measure(case: Case, rounds: int) -> tuple[float, float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40, help="pairs of runs a case (small cases: ten times as many)")
+    parser.add_argument("--rounds", type=int, default=40, help="pairs of runs a case (small cases: twenty times as many)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    print(f"torch {torch.__version__}, {given.threads} threads; forward+backward, us\n")
+    print(f"torch {torch.__version__}, {given.threads} threads (1 below 1 MB); forward+backward, us\n")
     print("| case | torch.nn | normfused | ratio | difference | aim |\n|---|---|---|---|---|---|")
     for case in QUICK:
-        chain, own, ratio, difference = measure(case, given.rounds * (10 if case.tensor_bytes < 2**20 else 1))
+        with threads_for(case.tensor_bytes, given.threads):
+            chain, own, ratio, difference = measure(case, given.rounds * (20 if case.tensor_bytes < SMALL_BYTES else 1))
         print(f"| {case.name} | {chain:.0f} | {own:.0f} | {ratio:.2f} | {difference:+.0f} us | {bound(case)} |", flush=True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
-COLOURS = ["#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#0072B2"]
+COLOURS = ["#56B4E9", "#E69F00", "#D55E00", "#CC79A7", "#009E73"]
 
 
 def by_case(results: dict[str, Any]) -> dict[tuple[str, str], dict[str, dict[str, Any]]]:
@@ -43,18 +43,21 @@ def draw(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     table = {case: row for (case, direction), row in by_case(results).items() if direction == "forward_backward" and "eager" in row}
-    providers = [
-        p for p in ("compile", "timm", "normfused-torch", "normfused-triton", "normfused-cuda") if any(p in r for r in table.values())
-    ]
+    # each has its own colour, whichever of them are there
+    known = ("compile", "timm", "normfused-torch", "normfused-triton", "normfused-cuda")
+    colours = dict(zip(known, COLOURS, strict=False))
+    providers = [p for p in known if any(p in r for r in table.values())]
     height = 0.8 / max(len(providers), 1)
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axis = plt.subplots(figsize=(10, 1.2 + 0.42 * len(table)), layout="constrained")
     for k, provider in enumerate(providers):
         places = [i + (k - (len(providers) - 1) / 2) * height for i, r in enumerate(table.values()) if provider in r]
         values = [r[provider]["median_us"] / r["eager"]["median_us"] for r in table.values() if provider in r]
-        bars = axis.barh(places, values, height * 0.92, label=provider, color=COLOURS[k])
-        axis.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=7, padding=2)
-    axis.axvline(1, color="black", linewidth=1, label="eager = 1")
+        bars = axis.barh(places, values, height * 0.92, label=provider, color=colours[provider])
+        for label in axis.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=7, padding=2):
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+    axis.axvline(1, color="black", linewidth=1, label="eager = 1", zorder=1)
+    axis.margins(y=0.01)
     axis.set_yticks(range(len(table)), [c.replace("-float32", "") for c in table])
     axis.invert_yaxis()
     machine = results["machine_info"]
@@ -63,7 +66,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         xlabel="time / eager, forward + backward (lower is better)",
         title=f"Median time against the eager chain\n{place}, torch {machine['torch']}",
     )
-    axis.legend(loc="lower right", frameon=True)
+    figure.legend(loc="outside lower center", ncols=1 + len(providers), frameon=False)
     figure.savefig(path, dpi=110)
 
 

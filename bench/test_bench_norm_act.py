@@ -9,7 +9,7 @@ import torch
 
 from .cases import MATRIX, QUICK, Case
 from .providers import Provider, all_providers, error_against_float64, prepare, saved_bytes, step, tensors
-from .timing import clock, graphed, host_seconds, rotation
+from .timing import SMALL_BYTES, clock, graphed, host_seconds, rotation, threads_for
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -59,14 +59,16 @@ def test_norm_act(benchmark, case: Case, provider: Provider, direction: str, dev
     if direction != "forward":
         x, residual, _ = sets[0]
         kept = saved_bytes(module, x, residual)
-    small, timed, calls, host, how = case.tensor_bytes < 2**20, call, 1, None, "wall clock"
+    small, timed, calls, host, how = case.tensor_bytes < SMALL_BYTES, call, 1, None, "wall clock"
     if device == "cuda":
         host, calls = 1e6 * host_seconds(call), max(20, len(sets))
         timed, reason = graphed(call, calls)
         how = f"{calls} calls in a CUDA graph" if reason is None else f"{calls} calls, the host's time in them; no CUDA graph: {reason}"
         benchmark.pedantic(timed, rounds=20, warmup_rounds=2)
     else:
-        benchmark.pedantic(timed, rounds=60 if small else 20, iterations=20 if small else 1, warmup_rounds=2)
+        with threads_for(case.tensor_bytes) as threads:
+            benchmark.pedantic(timed, rounds=60 if small else 20, iterations=20 if small else 1, warmup_rounds=2)
+        how += f", {threads} threads"
     moved = case.floor_bytes(direction)
     benchmark.extra_info.update(
         case=case.name, provider=provider.name, direction=direction, error_of_allowed=error, floor_bytes=moved,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -12,6 +13,7 @@ import torch
 COLD_BYTES = 240 * 2**20
 # Smaller tensors than COLD_BYTES / MOST_SETS stay in the cache: what is seen of them is latency
 MOST_SETS = 256
+SMALL_BYTES = 2**20
 
 
 def rotation(bytes_of_one: int, device: str) -> int:
@@ -69,6 +71,17 @@ def host_seconds(call: Callable[[], object], times: int = 50) -> float:
         found.append(time.perf_counter() - start)
     torch.cuda.synchronize()
     return statistics.median(found)
+
+
+@contextmanager
+def threads_for(bytes_of_x: int, most: int | None = None) -> Iterator[int]:
+    """One thread for small tensors, whose time is the host's; waking a second thread costs up to ten times as much and hides it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if bytes_of_x < SMALL_BYTES else most or before)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
 
 
 def copy_rate(device: str, size: int = 256 * 2**20) -> float:
