@@ -17,7 +17,7 @@ endif
 PY := $(ENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env triton demo test test-quick test-triton bench bench-quick ratios resources lint format doctor clean
+.PHONY: help env triton demo test test-quick test-triton bench bench-quick ratios resources lint format doctor build emulation wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -72,6 +72,17 @@ resources: env triton ## registers, spills and shared memory of every Triton ker
 	$(call install,test)
 	NORMFUSED_WRITE_RESOURCES=1 $(PY) -m pytest tests/triton/test_compile.py
 
+build: env ## compile the CUDA kernels in place for this machine's GPUs (ARCH="8.0 9.0" for others)
+	$(call install,build)
+	$(PY) -m normfused build $(if $(ARCH),--arch "$(ARCH)")
+
+emulation: env ## the same kernels for the CPU, for tests (then NORMFUSED_EMULATE=1)
+	$(call install,build)
+	$(PY) -m normfused build --emulation
+
+wheel: env ## a wheel with compiled kernels in dist/, for every torch from 2.10 on (ARCH as above; default: a release's)
+	NORMFUSED_BUILD=cuda $(if $(ARCH),TORCH_CUDA_ARCH_LIST="$(ARCH)") $(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 lint: env ## ruff and mypy
 	$(call install,dev)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
@@ -85,4 +96,4 @@ doctor: env ## versions, backends and a self-test
 	$(PY) -m normfused
 
 clean: ## caches and build products
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo-results
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo-results normfused/_lib

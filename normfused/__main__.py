@@ -13,8 +13,9 @@ import torch
 
 import normfused as nf
 
-from . import dispatch
+from . import _build, dispatch
 from . import functional as nF
+from .backends.cuda import _load
 
 # Of the largest reference value. One rounding of the output for half types; float32 has some 2e-7 (methods: float64 oracle).
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}
@@ -63,11 +64,31 @@ def _advice(report: dict[str, Any]) -> str:
         return f"Self-test of {', '.join(failed)} failed: set NORMFUSED_BACKEND=torch and report this page (python -m normfused --json)."
     if report["forced_error"]:
         return "Unset NORMFUSED_BACKEND, or set it to one of: auto, " + ", ".join(report["available"]) + "."
-    if report["cuda"] and "triton" not in report["available"]:
+    if report["cuda"] and "cuda" not in report["available"] and _build.COMMAND in (report["extension"]["reason"] or ""):
+        without = "" if "triton" in report["available"] else " (or, without a compiler: pip install triton)"
+        return f"The CUDA kernels are not used: {report['extension']['reason']}{without}."
+    if report["cuda"] and not {"cuda", "triton"} & set(report["available"]):
         return "A GPU is here but Triton is not: pip install triton"
     if not report["cuda"]:
         return "No GPU visible: CPU tensors run through ATen (backend torch). Nothing to do."
     return f"Ready: CUDA tensors run through backend {report['auto']}."
+
+
+def _extension() -> dict[str, Any]:
+    """What is known of the compiled kernels, whether they are used or not."""
+    library, record = _load.library(), _load.record()
+    facts = {name: record.get(name) for name in ("kind", "architectures", "toolkit", "torch", "compiler", "module", "flags")}
+    return {**facts, "path": str(library.path) if library else None, "reason": _load.reason()}
+
+
+def _extension_line(extension: dict[str, Any]) -> str:
+    if extension["path"] is None:
+        return str(extension["reason"])
+    made = " with ".join(
+        [f"for {' '.join(extension['architectures'])}"] + ([f"nvcc {extension['toolkit']}"] if extension["toolkit"] else [])
+    )
+    module = "" if extension["module"] else "; normfused._C was not built (no pybind11)"
+    return f"compiled {made}{module}" + (f"; not used: {extension['reason']}" if extension["reason"] else "")
 
 
 def _report() -> dict[str, Any]:
@@ -82,6 +103,7 @@ def _report() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else None,
         "device": device,
+        "extension": _extension(),
         "selected": dispatch.get_backend(),
         "forced_error": None,
         "backends": {},
@@ -120,6 +142,7 @@ def _print(report: dict[str, Any]) -> None:
         ("torch", report["torch"]),
         ("triton", report["triton"] or "not installed"),
         ("python", f"{report['python']} on {report['platform']}"),
+        ("CUDA C++", _extension_line(report["extension"])),
         ("GPU", f"{report['gpu']} (compute capability {report['compute_capability']})" if report["gpu"] else "none visible"),
         (
             "backend",
@@ -152,8 +175,17 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["build"]:
+        return _build.main(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m normfused", description=__doc__)
-    parser.add_argument("command", nargs="?", choices=["doctor"], default="doctor", help="doctor (default): this report")
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=["doctor", "build"],
+        default="doctor",
+        help="doctor (default): this report; build: compile kernels",
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable, for bug reports")
     options = parser.parse_args(arguments)
     report = _report()

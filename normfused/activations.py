@@ -55,6 +55,11 @@ class Activation:
         """Whether a tensor belongs to it (PReLU's slope, TLU's threshold)."""
         return self.name in ("prelu", "tlu")
 
+    @property
+    def has_two_slopes(self) -> bool:
+        """Whether the derivative takes two values, so that one bit of an element tells it."""
+        return self.name in ("relu", "relu6", "leaky_relu", "hardsigmoid", "tlu")
+
     def derivative_from_y(self, dtype: torch.dtype) -> bool:
         """Whether act'(z) follows from y = act(z) as it is stored in ``dtype``.
 

@@ -134,6 +134,15 @@ def _norm_act(
     return y, mean, rstd, x.new_empty(0) if h is None else h
 
 
+def _z_source(act: Activation, dtype: torch.dtype, residual_mode: str | None, backend: str) -> str | None:
+    """What the backward needs beside x to know act'(z): None, ``"y"``, ``"residual"`` or, of the CUDA kernels, ``"mask"``."""
+    if residual_mode != PRE_ACT or act.name == "identity":
+        return None
+    if backend == "cuda":
+        return "mask" if act.has_two_slopes else "residual"
+    return "y" if act.derivative_from_y(dtype) else "residual"
+
+
 def _norm_act_backward(
     dy: Tensor,
     dh: Tensor | None,
@@ -247,9 +256,14 @@ def _fake_norm_act(
     x: Tensor, residual: Any, weight: Any, bias: Any, act_weight: Any, eps_weight: Any, rm: Any, rv: Any, nbt: Any, *static: Any
 ) -> Any:
     scope, rule, groups, residual_mode = static[0], static[1], static[2], static[-2]
+    *numbers, backend = static
     shape, wide = _moments_shape(x, scope, groups), accumulation_dtype(x.dtype)
     mean = x.new_empty([0] if rule == RMS else shape, dtype=wide)
     h = _empty_like(x) if residual_mode == PRE_NORM else x.new_empty(0)
+    act = Activation(*static[6:9])
+    if _z_source(act, x.dtype, residual_mode, backend) == "mask":
+        dense_x = x if layout_of(x) is not None else _empty_like(x)
+        h = x.new_empty(dispatch.load(backend).mask_bytes(_problem(dense_x, *numbers)), dtype=torch.uint8)
     return _empty_like(x), mean, x.new_empty(shape, dtype=wide), h
 
 
@@ -352,10 +366,9 @@ class NormAct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, residual, weight, bias, act_weight, eps_weight, _, _, _, *static = inputs
         y, mean, rstd, h = output
-        *_, act, p0, p1, residual_mode, _ = static
-        z_source = None
-        if residual_mode == PRE_ACT and act != "identity":
-            z_source = y if Activation(act, p0, p1).derivative_from_y(x.dtype) else residual
+        *_, act, p0, p1, residual_mode, backend = static
+        source = _z_source(Activation(act, p0, p1), x.dtype, residual_mode, backend)
+        z_source = {None: None, "y": y, "residual": residual, "mask": h}[source]
         ctx.static = static
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h if residual_mode == PRE_NORM else x, z_source, weight, bias, act_weight, eps_weight, mean, rstd)
@@ -446,17 +459,26 @@ def _differentiable_backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The backward as differentiable operations: the vector-Jacobian product of the composite, recomputed from what was saved."""
-    scope, rule, groups, batch_statistics, eps, _, act_name, p0, p1, residual_mode, _ = static
+    scope, rule, groups, batch_statistics, eps, _, act_name, p0, p1, residual_mode, backend = static
     act, storage, wide = Activation(act_name, p0, p1), x.dtype, accumulation_dtype(x.dtype)
     create_graph = torch.is_grad_enabled()
-    dresidual = None
+    dresidual = dact_weight = None
+    source = _z_source(act, storage, residual_mode, backend)
     if residual_mode == POST_ACT:
         dresidual = dy
     upstream, epilogue_mode = dy.to(wide), residual_mode
-    if residual_mode == PRE_ACT and (z_source is None or act.derivative_from_y(storage)):
-        # y was saved in place of the residual; it is an output, so its own history carries the second derivative
-        if z_source is not None:
+    if residual_mode == PRE_ACT and source != "residual":
+        if source == "y":  # an output, so its own history carries the second derivative
             upstream = grad_activate_from_y(upstream, z_source, act)
+        elif source == "mask":  # the slope of a straight piece; it has no derivative of its own
+            with torch.no_grad():
+                call = (torch.ones_like(x), dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, *static, False, True, False)
+                slope = _operator(_norm_act_backward, _ops.norm_act_backward, x)(*call)[1].to(wide)
+            if act_weight is not None and needs[4]:  # tlu: where z lies below, y is the threshold itself
+                dact_weight = upstream * (1 - slope)
+                kept = [1] if act_weight.numel() > 1 else []
+                dact_weight = dact_weight.sum([d for d in range(x.dim()) if d not in kept]).reshape(act_weight.shape).to(act_weight.dtype)
+            upstream = upstream * slope
         dresidual, act, epilogue_mode = upstream.to(storage), Activation("identity"), None
     elif residual_mode != PRE_ACT:
         epilogue_mode = None
@@ -483,6 +505,8 @@ def _differentiable_backward(
         dresidual = dx
     elif gradients[1] is not None:
         dresidual = gradients[1]
+    if dact_weight is not None:
+        gradients[4] = dact_weight
     return (dx, dresidual, *gradients[2:])
 
 
@@ -623,9 +647,9 @@ class SliceNormAct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         rule, x, residual, act_weight, act, p0, p1, residual_mode, backend, *parameters = inputs
         y, mean, var, scale, shift = output
-        z_source = None
-        if residual_mode == PRE_ACT and act != "identity":
-            z_source = y if Activation(act, p0, p1).derivative_from_y(x.dtype) else residual
+        # the steps leave no mask
+        source = _z_source(Activation(act, p0, p1), x.dtype, residual_mode, backend)
+        z_source = {None: None, "y": y, "residual": residual, "mask": residual}[source]
         ctx.rule, ctx.static = rule, (act, p0, p1, residual_mode, backend)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, var, scale, shift)
@@ -711,12 +735,13 @@ def _composite_slices(
 def _differentiable_slice_backward(
     rule: Rule, dy: Tensor, x: Tensor, z_source: Tensor | None, act_weight: Tensor | None, parameters: Any, static: Any, needs: Any
 ) -> tuple[Tensor | None, ...]:
-    name, p0, p1, residual_mode, _ = static
+    name, p0, p1, residual_mode, backend = static
     act, dresidual, upstream, mode = Activation(name, p0, p1), None, dy, None
+    source = _z_source(act, x.dtype, residual_mode, backend)
     if residual_mode == POST_ACT:
         dresidual = dy
-    elif residual_mode == PRE_ACT and (z_source is None or act.derivative_from_y(x.dtype)):
-        dresidual = upstream = dy if z_source is None else grad_activate_from_y(dy, z_source, act)
+    elif residual_mode == PRE_ACT and source in (None, "y"):
+        dresidual = upstream = dy if source is None else grad_activate_from_y(dy, z_source, act)
         act = Activation("identity")
     elif residual_mode == PRE_ACT:
         mode = PRE_ACT

@@ -1,0 +1,148 @@
+// act(z), its derivative, and the gradient of its own parameter, for the lanes of a vector.
+//
+// identity, relu and silu are compiled into the kernels; every other activation shares one instantiation, which switches once per
+// vector on a number that is the same for the whole launch: some 8 instructions per 16 bytes.
+// Comparisons are written so that NaN passes through; relu'(0) = 0; a tie z = tau of tlu counts as z.
+// Two-slope activations (problem.h) have the derivative ``high`` where bit(z), else ``low``; the bit is what a mask keeps.
+#pragma once
+
+#include "device.cuh"
+#include "problem.h"
+
+namespace normfused {
+
+constexpr int any_act = -1;  // else the number of an Act
+
+template <class A> NF_DEVICE A sigmoid(A z) {  // of -|z|, so that exp cannot overflow and neither tail cancels
+    const A e = exp_(-abs_(z));
+    return divide_fast(z < A(0) ? e : A(1), A(1) + e);
+}
+
+// z = 20 and more: tanh(softplus(z)) rounds to 1. n = e^z (e^z + 2);  tanh = n/(n+2);  1 - tanh^2 = 4 (n+1)/(n+2)^2
+template <class A> NF_DEVICE A tanh_softplus(A z, A& rest) {
+    const A e = exp_(z > A(20) ? A(20) : z);
+    const A n = e * (e + A(2));
+    const A inverse = reciprocal_(n + A(2));
+    rest = A(4) * (n + A(1)) * inverse * inverse;
+    return n * inverse;
+}
+
+template <int kAct, class A, int V> struct Activation {
+    Act act;
+    A p0, p1;
+
+    NF_DEVICE Activation(const Problem& p) : act(kAct == any_act ? p.act : Act(kAct)), p0(A(p.p0)), p1(A(p.p1)) {}
+
+    NF_DEVICE Act which() const { return kAct == any_act ? act : Act(kAct); }
+    NF_DEVICE A high() const { return which() == Act::hardsigmoid ? A(1) / A(6) : A(1); }
+    NF_DEVICE A low() const { return which() == Act::leaky_relu ? p0 : A(0); }
+
+    NF_DEVICE bool bit(A z, A weight) const {
+        switch (which()) {
+            case Act::relu: return !(z <= A(0));
+            case Act::relu6: return !(z <= A(0) || z >= A(6));
+            case Act::leaky_relu: return z > A(0);
+            case Act::hardsigmoid: return !(z <= A(-3) || z >= A(3));
+            default: return !(z < weight);  // tlu
+        }
+    }
+    template <int W> NF_DEVICE uint8_t bits(const A (&z)[V], const A (&weight)[W]) const {
+        unsigned found = 0;
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) found |= unsigned(bit(z[j], weight[W == 1 ? 0 : j])) << j;
+        return uint8_t(found);
+    }
+
+    template <int W, class F> static NF_DEVICE void each(A (&z)[V], const A (&weight)[W], F f) {
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) z[j] = f(z[j], weight[W == 1 ? 0 : j]);
+    }
+
+    // z becomes y
+    template <int W> NF_DEVICE void forward(A (&z)[V], const A (&weight)[W]) const {
+        const A a = p0, b = p1;
+        switch (which()) {
+            case Act::identity: return;
+            case Act::relu: return each(z, weight, [](A v, A) { return v < A(0) ? A(0) : v; });
+            case Act::relu6: return each(z, weight, [](A v, A) { return v < A(0) ? A(0) : v > A(6) ? A(6) : v; });
+            case Act::leaky_relu: return each(z, weight, [=](A v, A) { return v > A(0) ? v : v * a; });
+            case Act::prelu: return each(z, weight, [](A v, A w) { return v > A(0) ? v : v * w; });
+            case Act::elu: return each(z, weight, [=](A v, A) { return v > A(0) ? v : a * expm1_(v); });
+            case Act::silu: return each(z, weight, [](A v, A) { return v * sigmoid(v); });
+            case Act::gelu: return each(z, weight, [](A v, A) { return v * (A(0.5) + A(0.5) * erf_(v * A(0.7071067811865476))); });
+            case Act::gelu_tanh:  // 1/2 (1 + tanh u) = sigmoid(2u)
+                return each(z, weight, [](A v, A) { return v * sigmoid(A(1.5957691216057308) * v * (A(1) + A(0.044715) * v * v)); });
+            case Act::hardswish:
+                return each(z, weight, [](A v, A) { return v * (v < A(-3) ? A(0) : v > A(3) ? A(6) : v + A(3)) * A(1.0 / 6); });
+            case Act::hardsigmoid:
+                return each(z, weight, [](A v, A) { return (v < A(-3) ? A(0) : v > A(3) ? A(6) : v + A(3)) * A(1.0 / 6); });
+            case Act::sigmoid: return each(z, weight, [](A v, A) { return sigmoid(v); });
+            case Act::tanh: return each(z, weight, [](A v, A) { return tanh_(v); });
+            case Act::mish: return each(z, weight, [](A v, A) { A rest; return v * tanh_softplus(v, rest); });
+            case Act::softplus:
+                return each(z, weight, [=](A v, A) {
+                    const A u = v * a;
+                    return u > b ? v : ((u < A(0) ? A(0) : u) + log1p_(exp_(-abs_(u)))) / a;
+                });
+            default: return each(z, weight, [](A v, A w) { return v < w ? w : v; });  // tlu
+        }
+    }
+
+    template <int W, class F> static NF_DEVICE void each(A (&dz)[V], const A (&z)[V], const A (&weight)[W], F f) {
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) dz[j] *= f(z[j], weight[W == 1 ? 0 : j]);
+    }
+
+    // dz arrives as dy and becomes dy*act'(z); dweight is what every lane adds to the gradient of act's own parameter
+    template <int W> NF_DEVICE void backward(A (&dz)[V], const A (&z)[V], const A (&weight)[W], A (&dweight)[V]) const {
+        const A a = p0, b = p1;
+        switch (which()) {
+            case Act::identity: return;
+            case Act::prelu:
+                NF_UNROLL
+                for (int j = 0; j < V; ++j) dweight[j] = z[j] <= A(0) ? z[j] * dz[j] : A(0);
+                return each(dz, z, weight, [](A v, A w) { return v <= A(0) ? w : A(1); });
+            case Act::elu: return each(dz, z, weight, [=](A v, A) { return v > A(0) ? A(1) : a * exp_(v); });
+            case Act::silu:
+                return each(dz, z, weight, [](A v, A) {
+                    const A s = sigmoid(v);
+                    return s * (A(1) + v * sigmoid(-v));
+                });
+            case Act::gelu:
+                return each(dz, z, weight, [](A v, A) {
+                    return A(0.5) + A(0.5) * erf_(v * A(0.7071067811865476)) + v * A(0.3989422804014327) * exp_(A(-0.5) * v * v);
+                });
+            case Act::gelu_tanh:
+                return each(dz, z, weight, [](A v, A) {
+                    const A u = A(1.5957691216057308) * v * (A(1) + A(0.044715) * v * v);
+                    const A slope = A(1.5957691216057308) * (A(1) + A(0.134145) * v * v);
+                    return sigmoid(u) * (A(1) + v * slope * sigmoid(-u));
+                });
+            case Act::hardswish:
+                return each(dz, z, weight, [](A v, A) { return v <= A(-3) ? A(0) : v >= A(3) ? A(1) : v * A(1.0 / 3) + A(0.5); });
+            case Act::sigmoid: return each(dz, z, weight, [](A v, A) { return sigmoid(v) * sigmoid(-v); });
+            case Act::tanh: return each(dz, z, weight, [](A v, A) { return A(4) * sigmoid(A(2) * v) * sigmoid(A(-2) * v); });
+            case Act::mish:
+                return each(dz, z, weight, [](A v, A) {
+                    A rest;
+                    const A t = tanh_softplus(v, rest);
+                    return t + v * rest * sigmoid(v);
+                });
+            case Act::softplus: return each(dz, z, weight, [=](A v, A) { return v * a > b ? A(1) : sigmoid(v * a); });
+            default: return from_bits(dz, bits(z, weight), dweight);
+        }
+    }
+
+    // The same from the bits of a two-slope activation
+    NF_DEVICE void from_bits(A (&dz)[V], uint8_t bits, A (&dweight)[V]) const {
+        const A up = high(), down = low();
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) {
+            const bool set = bits >> j & 1;
+            dweight[j] = set ? A(0) : dz[j];  // tlu's; nobody else asks
+            dz[j] = set ? dz[j] * up : down == A(0) ? A(0) : dz[j] * down;  // an infinite dy stays out of a flat branch
+        }
+    }
+};
+
+}  // namespace normfused

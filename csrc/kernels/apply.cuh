@@ -1,0 +1,207 @@
+// Step 3, forward: z = scale*(x - mean) + shift [+ residual],  y = act(z) [+ residual], with scale = weight*rstd, shift = bias.
+//
+// Per element a subtraction and one fma beside the activation (a*x + b would lose digits where the mean is large); the coefficients
+// of a vector's channels and sets stay in registers from vector to vector. Reads x [and the residual] once, writes y [and the mask].
+//
+// apply_kernel (two_pass, evaluation, rules written in PyTorch): a slab per block. Its statistics are merged from the partials of
+// moments_kernel by every block that needs them, or settled already, or the running ones; or scale and shift are given per (n, c).
+#pragma once
+
+#include "moments.cuh"
+
+namespace normfused {
+
+// The numbers that z needs, for the lanes of one vector. Where lanes differ either in both their set and their channel or in neither,
+// weight*rstd is one number; else it is multiplied out for every element, since one factor changes less often than the other.
+template <class T, bool kWide, bool kRows> struct Coefficients {
+    using A = AccumulatorOf<T>;
+    static constexpr int V = vector_size<T>;
+    static constexpr bool kJoined = kWide == kRows;
+    static constexpr int kSets = kWide ? 1 : V;      // lanes with statistics of their own
+    static constexpr int kChannels = kRows ? 1 : V;  // lanes with parameters of their own
+
+    A mean[kSets], rstd[kSets];  // joined: weight*rstd once the channel is known
+    A weight[kJoined ? 1 : kChannels] = {}, shift[kChannels] = {}, act_weight[kChannels] = {};
+    A set_rstd = A(0);  // joined, along rows: the channel changes under the set
+    int at = -1;        // the channel that the parameters are of: that of the row, or of lane 0
+
+    NF_DEVICE A scale(int j) const { return kJoined ? rstd[kWide ? 0 : j] : rstd[kWide ? 0 : j] * weight[kRows ? 0 : j]; }
+    NF_DEVICE A centred(A x, int j) const { return x - mean[kWide ? 0 : j]; }
+
+    // The statistics are those of another set
+    NF_DEVICE void renew() {
+        if constexpr (kJoined) at = -1;
+        if constexpr (kWide && kRows) set_rstd = rstd[0];
+    }
+
+    // Parameters of the channels of this vector, if it is not of the same as the one before
+    NF_DEVICE void turn_to(const Call& call, const Slab<T, kWide>& slab, const Spot& spot) {
+        const int key = kRows ? int(slab.row_channel(call.walk, spot.row)) : slab.column0 + spot.column;
+        if (key == at || spot.empty()) return;
+        at = key;
+        const Arguments& t = call.tensors;
+        if constexpr (kRows) {
+            act_weight[0] = load_parameter(t.act_weight, key, A(0));
+            if (t.scale) return;
+            weight[0] = load_parameter(t.weight, key, A(1));
+            if constexpr (kWide) rstd[0] = set_rstd * weight[0];
+            shift[0] = load_parameter(t.bias, key, A(0));
+        } else {
+            load_channels(t.act_weight, key, spot.first, spot.last, A(0), act_weight);
+            if (t.scale) return;
+            load_channels(t.bias, key, spot.first, spot.last, A(0), shift);
+            if constexpr (kJoined) {
+                A w[V];
+                load_channels(t.weight, key, spot.first, spot.last, A(1), w);
+                NF_UNROLL
+                for (int j = 0; j < V; ++j) rstd[j] *= w[j];
+            } else {
+                load_channels(t.weight, key, spot.first, spot.last, A(1), weight);
+            }
+        }
+    }
+
+    // scale and shift are given per (n, c) (rules written in PyTorch): z = scale*x + shift, with x centred at ``mean`` if that is given
+    NF_DEVICE void take_given(const Call& call, const Slab<T, kWide>& slab) {
+        if constexpr (kJoined) {
+            const Arguments& t = call.tensors;
+            const Global<A> scales(const_cast<void*>(t.scale)), shifts(const_cast<void*>(t.shift)), means(t.mean);
+            NF_UNROLL
+            for (int j = 0; j < kSets; ++j) {
+                const bool there = slab.has(j);
+                const int64_t set = there ? slab.set(call.walk, j) : 0;
+                mean[j] = there && means ? means.load_coherent(set) : A(0);
+                rstd[j] = there ? scales.load_coherent(set) : A(0);
+                shift[j] = there ? fma_(rstd[j], mean[j], shifts.load_coherent(set)) : A(0);
+            }
+        }
+    }
+};
+
+// Statistics of sets into the lanes; lanes beyond the tensor get harmless ones
+template <class T, bool kWide, bool kRows>
+NF_DEVICE void finish_sets(const Call& call, const Slab<T, kWide>& slab, const Moments<AccumulatorOf<T>> (&m)[sum_lanes<T, kWide>],
+                           bool first_chunk, int64_t batches_before, Coefficients<T, kWide, kRows>& c) {
+    using A = AccumulatorOf<T>;
+    NF_UNROLL
+    for (int j = 0; j < sum_lanes<T, kWide>; ++j) {
+        // one thread of those that know the set stores it: that of its first column
+        const bool first_column = kWide || call.walk.width == 1 || (slab.column0 + slab.column(j)) % int(call.walk.width) == 0;
+        c.mean[j] = c.rstd[j] = A(0);
+        if (!slab.has(j)) continue;
+        const Statistics<A> s = finish_set(call, slab.set(call.walk, j), m[j], first_chunk && first_column && slab.speaks(), batches_before);
+        c.mean[j] = s.mean;
+        c.rstd[j] = s.rstd;
+    }
+    c.renew();
+}
+
+// Statistics that an earlier launch saved, for the lanes of this thread
+template <class T, bool kWide, bool kRows>
+NF_DEVICE void saved_statistics(const Call& call, const Slab<T, kWide>& slab, Coefficients<T, kWide, kRows>& c) {
+    using A = AccumulatorOf<T>;
+    const Arguments& t = call.tensors;
+    if (t.scale) return c.take_given(call, slab);
+    const Global<A> means(t.mean), rstds(t.rstd);
+    NF_UNROLL
+    for (int j = 0; j < sum_lanes<T, kWide>; ++j) {
+        const bool there = slab.has(j);
+        const int64_t set = there ? slab.set(call.walk, j) : 0;
+        c.mean[j] = there && means ? means.load_coherent(set) : A(0);
+        c.rstd[j] = there ? rstds.load_coherent(set) : A(0);
+    }
+    c.renew();
+}
+
+template <class T, bool kWide, bool kRows, int kAct>
+NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const typename Slab<T, kWide>::Cursor& cursor, const Spot& spot,
+                            const Activation<kAct, AccumulatorOf<T>, vector_size<T>>& act, Coefficients<T, kWide, kRows>& c,
+                            const Vector<T>& x, const Vector<T>& residual) {
+    using A = AccumulatorOf<T>;
+    constexpr int V = vector_size<T>;
+    const Arguments& t = call.tensors;
+    if (spot.empty()) return;
+    c.turn_to(call, slab, spot);
+    A z[V], r[V];
+    unpack<T>(x, z);
+    unpack<T>(residual, r);
+    const A pre = call.problem.residual_mode == ResidualMode::pre_act ? A(1) : A(0);
+    NF_UNROLL
+    for (int j = 0; j < V; ++j) z[j] = fma_(c.scale(j), c.centred(z[j], j), c.shift[kRows ? 0 : j]);
+    if (pre != A(0)) {
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) z[j] += r[j];
+        if (t.mask) Global<uint8_t>(t.mask).store(slab.mask_at(call.walk, cursor), act.bits(z, c.act_weight));
+    }
+    act.forward(z, c.act_weight);
+    if (call.problem.residual_mode == ResidualMode::post_act) {
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) z[j] += r[j];
+    }
+    slab.store(t.y, spot, pack<T>(z));
+}
+
+// The second pass over a slab, backwards. ``held``: the first pass was in this kernel and left the last batch in registers.
+template <class T, bool kWide, bool kRows, int kAct, int K>
+NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab, bool held, Vector<T> (&batch)[K], Coefficients<T, kWide, kRows>& c) {
+    using A = AccumulatorOf<T>;
+    const Arguments& t = call.tensors;
+    const Activation<kAct, A, vector_size<T>> act(call.problem);
+    const ResidualMode mode = call.problem.residual_mode;
+    const bool adds = mode == ResidualMode::pre_act || mode == ResidualMode::post_act;
+    const void* source = mode == ResidualMode::pre_norm ? t.h : t.x;
+    const int batches = (slab.steps + K - 1) / K;
+    auto cursor = slab.after(batches * K);
+    for (int b = batches - 1; b >= 0; --b) {
+        typename Slab<T, kWide>::Cursor cursors[K];
+        Spot spots[K];
+        NF_UNROLL
+        for (int k = K - 1; k >= 0; --k) {
+            slab.retreat(cursor);
+            cursors[k] = cursor;
+            spots[k] = slab.spot(cursor);
+        }
+        recall<T, kWide, K>(call, slab, b, held ? batches : batches + 1, spots, source, mode == ResidualMode::pre_norm, 0, batch);
+        Vector<T> residual[K] = {};
+        if (adds) {
+            NF_UNROLL
+            for (int k = 0; k < K; ++k) residual[k] = slab.load(t.residual, spots[k]);
+        }
+        NF_UNROLL
+        for (int k = K - 1; k >= 0; --k) apply_vector<T, kWide, kRows, kAct>(call, slab, cursors[k], spots[k], act, c, batch[k], residual[k]);
+    }
+}
+
+template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) apply_kernel(NF_GRID_CONSTANT Call call) {
+    using A = AccumulatorOf<T>;
+    constexpr int kLanes = sum_lanes<T, kWide>;
+    const Slab<T, kWide> slab(call.walk, block_index());
+    const Arguments& t = call.tensors;
+    Coefficients<T, kWide, kRows> c;
+    if (t.scale || call.settled) {
+        saved_statistics<T, kWide, kRows>(call, slab, c);
+    } else if (call.problem.batch_statistics) {
+        Moments<A> m[kLanes];
+        gather_partials<T, kWide>(call, slab, m);
+        over_sets<T, kWide>(call, slab, m);
+        // moments_kernel has counted this batch already
+        finish_sets<T, kWide, kRows>(call, slab, m, slab.chunk == 0, counted_batches(call) - 1, c);
+    } else {  // running statistics, per channel; their copies are for the backward, which must not see later updates
+        NF_UNROLL
+        for (int j = 0; j < kLanes; ++j) {
+            const bool there = slab.has(j);
+            const int64_t channel = there ? slab.set(call.walk, j) : 0;
+            c.mean[j] = there ? load_parameter(t.running_mean, channel, A(0)) : A(0);
+            c.rstd[j] = there ? standard::reciprocal_deviation(load_parameter(t.running_var, channel, A(1)), A(call.problem.eps)) : A(0);
+            if (there && slab.chunk == 0 && slab.speaks()) {
+                Global<A>(t.mean).store(channel, c.mean[j]);
+                Global<A>(t.rstd).store(channel, c.rstd[j]);
+            }
+        }
+        c.renew();
+    }
+    Vector<T> batch[forward_batch];
+    apply_slab<T, kWide, kRows, kAct, forward_batch>(call, slab, false, batch, c);
+}
+
+}  // namespace normfused

@@ -1,0 +1,32 @@
+// What a kernel is given: one trivially copyable struct, passed by value.
+#pragma once
+
+#include "problem.h"
+#include "steps.h"
+#include "walk.h"
+
+namespace normfused {
+
+constexpr int forward_batch = 2, moments_batch = 4, gradient_batch = 1;  // vectors that a thread holds at a time
+constexpr int max_threads = 512;                                         // so that a thread may have 128 registers
+
+struct Call {
+    Problem problem;
+    Walk walk;
+    Arguments tensors;
+    Needs needs;
+    int64_t count;        // elements of a set
+    int scratch_offset;   // of the shared memory: the reductions' part, behind the slab
+    int columns_offset;   // narrow sets of several columns: sums per column and per set
+    int sums_offset;      // position sets' gradients: sums per channel that a block keeps over its slabs; -1: it does not
+    void* partial;        // what slabs of one set leave for the next launch: moments.cuh, grad_moments.cuh
+    int64_t partials;     // chunks that wrote it
+    bool scales_by_q;     // rms sets of one element: grad_apply.cuh
+    bool settled;         // mean and rstd are final (settle.cuh), or q and r
+    void* variances;      // tracked sample groups: biased variance per set, for average_running_kernel
+    void* channel_sums[3];  // sums of dz, of dz*(x - mean), of act_weight's gradient before the sum over entries: [entry][C]
+    int64_t entries;        // samples (times chunks), or blocks
+    bool finish;            // the last block to arrive sums the entries in this launch
+};
+
+}  // namespace normfused

@@ -1,0 +1,283 @@
+// Step 1, backward: dz = dy*act'(z), z recomputed from x (and the residual) or replaced by the mask; then the sums of dz, of
+// dz*(x - mean) and of the gradient of act_weight. Sums are centred, and always added in the same order.
+//
+// Along rows (NCHW), a row is of one channel: a thread sums its part of a row, and at the row's end the weighted sums join those of
+// the set, the plain ones those of the channel. Along columns (NHWC) every lane sums its own channel; the weights join at the end.
+// In position sets the weight varies inside the set: every element is weighted, and channels are summed over sets, in shared memory.
+//
+// grad_moments_kernel (two_pass): a slab per block. Leaves for the next launch, per channel of a sample where a set has several
+//     channels along rows: channel_sums [quantity][vector chunk, n][C]; else ``partial`` as moments.cuh, with three sums.
+// Reads dy and x (and the residual or mask) once; writes nothing of that size.
+#pragma once
+
+#include "apply.cuh"
+
+namespace normfused {
+
+enum : int { sum_dz = 0, sum_dz_xc = 1, sum_act = 2 };
+
+// Activations with a parameter of their own are among those that share an instantiation
+template <int kAct> constexpr int gradient_sums = kAct == any_act ? 3 : 2;
+
+template <class T, int K> struct GradientBatch {
+    Vector<T> x[K], dy[K], residual[K];
+    uint8_t bits[K];
+};
+
+template <class A, int V> struct GradientLanes {
+    A xc[V], dz[V], dact[V];
+};
+
+// Reads a batch; what the call has none of stays as it is and is not used
+template <class T, bool kWide, int K>
+NF_DEVICE void load_gradients(const Call& call, const Slab<T, kWide>& slab, const typename Slab<T, kWide>::Cursor (&cursors)[K],
+                              const Spot (&spots)[K], GradientBatch<T, K>& batch) {
+    const Arguments& t = call.tensors;
+    NF_UNROLL
+    for (int k = 0; k < K; ++k) {
+        batch.x[k] = slab.load(t.x, spots[k]);
+        batch.dy[k] = slab.load(t.dy, spots[k]);
+    }
+    if (t.residual) {
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) batch.residual[k] = slab.load(t.residual, spots[k]);
+    }
+    if (t.mask) {
+        NF_UNROLL
+        for (int k = 0; k < K; ++k)
+            batch.bits[k] = !spots[k].empty() ? Global<const uint8_t>(t.mask).load(slab.mask_at(call.walk, cursors[k])) : uint8_t(0);
+    }
+}
+
+template <class T, bool kWide, bool kRows, int kAct, int K>
+NF_DEVICE void gradient_lanes(const Call& call, const Coefficients<T, kWide, kRows>& c,
+                              const Activation<kAct, AccumulatorOf<T>, vector_size<T>>& act, const GradientBatch<T, K>& batch, int k,
+                              GradientLanes<AccumulatorOf<T>, vector_size<T>>& lanes) {
+    using A = AccumulatorOf<T>;
+    constexpr int V = vector_size<T>;
+    unpack<T>(batch.x[k], lanes.xc);
+    unpack<T>(batch.dy[k], lanes.dz);
+    A z[V];
+    NF_UNROLL
+    for (int j = 0; j < V; ++j) {
+        lanes.xc[j] = c.centred(lanes.xc[j], j);
+        lanes.dact[j] = A(0);
+        z[j] = fma_(c.scale(j), lanes.xc[j], c.shift[kRows ? 0 : j]);
+    }
+    if (call.tensors.mask) return act.from_bits(lanes.dz, batch.bits[k], lanes.dact);
+    if (call.tensors.residual) {
+        A r[V];
+        unpack<T>(batch.residual[k], r);
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) z[j] += r[j];
+    }
+    act.backward(lanes.dz, z, c.act_weight, lanes.dact);
+}
+
+template <class A, int kSums> NF_DEVICE void store_channel_sums(const Call& call, int64_t entry, int64_t channel, const Sums<A, kSums>& sums) {
+    NF_UNROLL
+    for (int i = 0; i < kSums; ++i)
+        if (call.channel_sums[i]) Global<A>(call.channel_sums[i]).store(entry * call.problem.C + channel, sums.of[i]);
+}
+
+// Sums per channel that a block keeps in shared memory over its position sets: [quantity][group][C], groups of threads with sets of
+// their own (wide). A slot has one owner, so nothing need be ordered until the block has done.
+template <class T, bool kWide, int kSums> struct ChannelSums {
+    using A = AccumulatorOf<T>;
+    static constexpr int V = vector_size<T>;
+    int groups, columns, offset;
+
+    NF_DEVICE ChannelSums(const Call& call)
+        : groups(kWide ? call.walk.sets_per_block : 1), columns(int(kWide ? call.walk.row_vectors * V : call.walk.rows)), offset(call.sums_offset) {}
+    NF_DEVICE Shared<A> all() const { return shared_at<A>(offset, kSums * groups * columns); }
+    NF_DEVICE int slot(int quantity, int group, int column) const { return (quantity * groups + group) * columns + column; }
+
+    NF_DEVICE void clear() const {
+        for (int i = int(thread_index()); i < kSums * groups * columns; i += int(block_threads())) all().set(i, A(0));
+        sync_block();
+    }
+    NF_DEVICE void add_lanes(int quantity, int group, int column, const A (&v)[V]) const {
+        constexpr int kPart = V < 16 / int(sizeof(A)) ? V : 16 / int(sizeof(A));
+        NF_UNROLL
+        for (int part = 0; part < V; part += kPart) {
+            Pack<A, kPart> sum = all().template load<kPart>(slot(quantity, group, column + part));
+            NF_UNROLL
+            for (int j = 0; j < kPart; ++j) sum.data[j] += v[part + j];
+            all().template store<kPart>(slot(quantity, group, column + part), sum);
+        }
+    }
+    NF_DEVICE void add_row(int row, const Sums<A, kSums>& sums) const {
+        NF_UNROLL
+        for (int i = 0; i < kSums; ++i) all().set(slot(i, 0, row), all().get(slot(i, 0, row)) + sums.of[i]);
+    }
+    NF_DEVICE void leave(const Call& call, int64_t entry) const {
+        sync_block();
+        for (int c = int(thread_index()); c < int(call.problem.C); c += int(block_threads())) {
+            Sums<A, kSums> sums;
+            for (int group = 0; group < groups; ++group) {
+                NF_UNROLL
+                for (int i = 0; i < kSums; ++i) sums.of[i] += all().get(slot(i, group, c));
+            }
+            store_channel_sums(call, entry, c, sums);
+        }
+    }
+};
+
+// Adds a vector to the sums of its set and of its row (along rows) or channels (position sets along columns)
+template <class T, bool kWide, bool kRows, int kSums>
+NF_DEVICE void add_gradients(const Call& call, const Coefficients<T, kWide, kRows>& c, const GradientLanes<AccumulatorOf<T>, vector_size<T>>& lanes,
+                             const Slab<T, kWide>& slab, const Spot& spot, Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>],
+                             Sums<AccumulatorOf<T>, kSums>& row) {
+    using A = AccumulatorOf<T>;
+    constexpr int V = vector_size<T>;
+    if (spot.empty()) return;
+    if constexpr (kWide && kRows) {
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) {
+            row.of[sum_dz] += lanes.dz[j];
+            row.of[sum_dz_xc] = fma_(lanes.dz[j], lanes.xc[j], row.of[sum_dz_xc]);
+            if constexpr (kSums == 3) row.of[sum_act] += lanes.dact[j];
+        }
+    } else if constexpr (!kWide && !kRows) {
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) {
+            sets[j].of[sum_dz] += lanes.dz[j];
+            sets[j].of[sum_dz_xc] = fma_(lanes.dz[j], lanes.xc[j], sets[j].of[sum_dz_xc]);
+            if constexpr (kSums == 3) sets[j].of[sum_act] += lanes.dact[j];
+        }
+    } else if constexpr (kWide) {
+        A scaled[V];
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) {
+            const A weighted = lanes.dz[j] * c.weight[j];
+            sets[0].of[sum_dz] += weighted;
+            sets[0].of[sum_dz_xc] = fma_(weighted, lanes.xc[j], sets[0].of[sum_dz_xc]);
+            scaled[j] = lanes.dz[j] * lanes.xc[j] * c.rstd[0];
+        }
+        if (call.sums_offset < 0) return;
+        const ChannelSums<T, kWide, kSums> channels(call);
+        const int column = spot.column;
+        channels.add_lanes(sum_dz, slab.set_in_block, column, lanes.dz);
+        channels.add_lanes(sum_dz_xc, slab.set_in_block, column, scaled);
+        if constexpr (kSums == 3)
+            if (call.channel_sums[sum_act]) channels.add_lanes(sum_act, slab.set_in_block, column, lanes.dact);
+    } else {
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) {
+            const A weighted = lanes.dz[j] * c.weight[0];
+            sets[j].of[sum_dz] += weighted;
+            sets[j].of[sum_dz_xc] = fma_(weighted, lanes.xc[j], sets[j].of[sum_dz_xc]);
+            row.of[sum_dz] += lanes.dz[j];
+            row.of[sum_dz_xc] = fma_(lanes.dz[j] * lanes.xc[j], c.rstd[j], row.of[sum_dz_xc]);
+            if constexpr (kSums == 3) row.of[sum_act] += lanes.dact[j];
+        }
+    }
+}
+
+// A row of this team is complete. All threads come here together.
+template <class T, bool kWide, bool kRows, int kSums>
+NF_DEVICE void end_row(const Call& call, const Slab<T, kWide>& slab, const Spot& spot, int64_t unit, const Coefficients<T, kWide, kRows>& c,
+                       Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>], Sums<AccumulatorOf<T>, kSums>& row) {
+    using A = AccumulatorOf<T>;
+    const bool there = spot.row < slab.rows;
+    if constexpr (kWide) {
+        // of one channel: the set's sums are the channel's; the weight joins later
+        const A weight = call.walk.one_channel || call.tensors.scale ? A(1) : there ? c.weight[0] : A(0);
+        sets[0].of[sum_dz] = fma_(weight, row.of[sum_dz], sets[0].of[sum_dz]);
+        sets[0].of[sum_dz_xc] = fma_(weight, row.of[sum_dz_xc], sets[0].of[sum_dz_xc]);
+        if constexpr (kSums == 3) sets[0].of[sum_act] += row.of[sum_act];
+        if (!call.walk.one_channel && call.channel_sums[sum_dz]) {
+            const Sums<A, kSums> whole = over_team<A>(row, slab.team, call.scratch_offset);
+            const int64_t vector_chunk = slab.chunk % call.walk.vector_chunks, n = quotient(slab.outer, call.walk.period);
+            if (there && slab.lane == 0) store_channel_sums(call, vector_chunk * call.problem.N + n, slab.row_channel(call.walk, spot.row), whole);
+        }
+    } else if (call.channel_sums[sum_dz]) {
+        const Sums<A, kSums> whole = over_team<A>(row, slab.team, call.scratch_offset);
+        if (there && slab.lane == 0) {
+            if (call.sums_offset < 0) store_channel_sums(call, unit, spot.row, whole);
+            else ChannelSums<T, kWide, kSums>(call).add_row(spot.row, whole);
+        }
+    }
+    row = Sums<A, kSums>();
+}
+
+// The stash of the first pass: x, dy, then the residual or the bits
+template <class T, int K> struct GradientStash {
+    static constexpr int V = vector_size<T>;
+    int resident, threads;
+    bool residual, mask;
+
+    NF_DEVICE GradientStash(const Call& call)
+        : resident(call.walk.resident), threads(int(block_threads())), residual(call.tensors.residual != nullptr), mask(call.tensors.mask != nullptr) {}
+    NF_DEVICE int vectors() const { return resident * K * threads; }
+    NF_DEVICE Shared<T> of(int tensor) const { return shared_at<T>(tensor * vectors() * 16, vectors() * V); }
+    NF_DEVICE Shared<uint8_t> bits() const { return shared_at<uint8_t>(2 * vectors() * 16, vectors()); }
+    NF_DEVICE int slot(int kept, int k) const { return (kept * K + k) * threads + int(thread_index()); }
+
+    NF_DEVICE void keep(int kept, const GradientBatch<T, K>& batch) const {
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) {
+            of(0).template store<V>(slot(kept, k) * V, batch.x[k]);
+            of(1).template store<V>(slot(kept, k) * V, batch.dy[k]);
+            if (residual) of(2).template store<V>(slot(kept, k) * V, batch.residual[k]);
+            if (mask) bits().set(slot(kept, k), batch.bits[k]);
+        }
+    }
+    NF_DEVICE void recall(int kept, GradientBatch<T, K>& batch) const {
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) {
+            batch.x[k] = of(0).template load<V>(slot(kept, k) * V);
+            batch.dy[k] = of(1).template load<V>(slot(kept, k) * V);
+            if (residual) batch.residual[k] = of(2).template load<V>(slot(kept, k) * V);
+            if (mask) batch.bits[k] = bits().get(slot(kept, k));
+        }
+    }
+};
+
+// The first pass of a backward over a slab
+template <class T, bool kWide, bool kRows, int kAct, int K>
+NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, int64_t unit, Coefficients<T, kWide, kRows>& c, GradientBatch<T, K>& batch,
+                                 Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>]) {
+    using A = AccumulatorOf<T>;
+    const Activation<kAct, A, vector_size<T>> act(call.problem);
+    const GradientStash<T, K> stash(call);
+    const int batches = (slab.steps + K - 1) / K;
+    Sums<A, gradient_sums<kAct>> row;
+    auto cursor = slab.start();
+    for (int b = 0; b < batches; ++b) {
+        typename Slab<T, kWide>::Cursor cursors[K];
+        Spot spots[K];
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) {
+            cursors[k] = cursor;
+            spots[k] = slab.spot(cursor);
+            slab.advance(cursor);
+        }
+        load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) {
+            c.turn_to(call, slab, spots[k]);
+            GradientLanes<A, vector_size<T>> lanes;
+            gradient_lanes<T, kWide, kRows, kAct, K>(call, c, act, batch, k, lanes);
+            add_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, c, lanes, slab, spots[k], sets, row);
+            if (kRows && slab.row_ends(cursors[k])) end_row<T, kWide, kRows, gradient_sums<kAct>>(call, slab, spots[k], unit, c, sets, row);
+        }
+        const int kept = b - (batches - 1 - stash.resident);
+        if (kept >= 0 && b + 1 < batches) stash.keep(kept, batch);
+    }
+}
+
+template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) grad_moments_kernel(NF_GRID_CONSTANT Call call) {
+    using A = AccumulatorOf<T>;
+    const Slab<T, kWide> slab(call.walk, block_index());
+    Coefficients<T, kWide, kRows> c;
+    saved_statistics<T, kWide, kRows>(call, slab, c);
+    Sums<A, gradient_sums<kAct>> sets[sum_lanes<T, kWide>];
+    GradientBatch<T, gradient_batch> batch;
+    collect_gradients<T, kWide, kRows, kAct, gradient_batch>(call, slab, block_index(), c, batch, sets);
+    if (kWide && !call.walk.one_channel) return;  // the rows' sums are written
+    over_sets<T, kWide>(call, slab, sets, false);
+    leave_partial<T, kWide>(call, slab, sets);
+}
+
+}  // namespace normfused

@@ -1,0 +1,80 @@
+// grad_moments -> coefficients_vjp -> grad_apply in one launch: dy and x (and the residual or mask) stay on chip in between.
+//
+// Slabs as in single_pass.cuh. Reads dy and x once, writes dx once (3T). Gradients of parameters: written here where a channel is a
+// set; else sums per channel are left, for each sample or (position sets, whose blocks walk over many slabs) each block, and summed by
+// the last block to finish (call.finish) or by the next launch.
+#pragma once
+
+#include "grad_apply.cuh"
+#include "grad_parameters.cuh"
+
+namespace normfused {
+
+template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) grad_single_pass_kernel(NF_GRID_CONSTANT Call call) {
+    using A = AccumulatorOf<T>;
+    constexpr bool kPositions = kWide != kRows;
+    Coefficients<T, kWide, kRows> c;
+    const bool keeps_sums = kPositions && call.sums_offset >= 0;
+    if (keeps_sums) ChannelSums<T, kWide, gradient_sums<kAct>>(call).clear();
+    for (int64_t unit = block_index(); unit < call.walk.units; unit += grid_blocks()) {
+        const Slab<T, kWide> slab(call.walk, unit);
+        GradientCoefficients<T, kWide> g;
+        Sums<A, gradient_sums<kAct>> sets[sum_lanes<T, kWide>];
+        GradientBatch<T, gradient_batch> batch;
+        saved_statistics<T, kWide, kRows>(call, slab, c);
+        collect_gradients<T, kWide, kRows, kAct, gradient_batch>(call, slab, unit, c, batch, sets);
+        finish_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, slab, true, sets, g);
+        grad_apply_slab<T, kWide, kRows, kAct, gradient_batch>(call, slab, true, batch, c, g);
+    }
+    if (keeps_sums) ChannelSums<T, kWide, gradient_sums<kAct>>(call).leave(call, block_index());
+    if (call.finish && last_to_arrive(Global<uint32_t>(call.tensors.arrivals), grid_blocks())) {
+        parameter_gradients<A>(call, 0, 1);
+        shared_gradients<A>(call);
+    }
+}
+
+// Position sets whose sums per channel fit no block: one more pass over dy and x, along the columns, a row having statistics of its own.
+template <class T> NF_KERNEL(max_threads) grad_columns_kernel(NF_GRID_CONSTANT Call call) {
+    using A = AccumulatorOf<T>;
+    constexpr int V = vector_size<T>;
+    const Slab<T, false> slab(call.walk, block_index());
+    const Problem& p = call.problem;
+    const Arguments& t = call.tensors;
+    const Activation<any_act, A, V> act(p);
+    const Global<A> means(t.mean), rstds(t.rstd);
+    Coefficients<T, false, false> c;
+    NF_UNROLL
+    for (int j = 0; j < V; ++j) c.mean[j] = c.rstd[j] = A(0);
+    Sums<A, 3> columns[V];
+    GradientBatch<T, 1> batch;
+    auto cursor = slab.start();
+    for (int step = 0; step < slab.steps; ++step) {
+        const typename Slab<T, false>::Cursor cursors[1] = {cursor};
+        const Spot spots[1] = {slab.spot(cursor)};
+        slab.advance(cursor);
+        load_gradients<T, false, 1>(call, slab, cursors, spots, batch);
+        if (spots[0].empty()) continue;
+        c.turn_to(call, slab, spots[0]);
+        const A mean = means ? means.load_coherent(slab.row0 + spots[0].row) : A(0), rstd = rstds.load_coherent(slab.row0 + spots[0].row);
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) {
+            c.mean[j] = mean;
+            c.rstd[j] = rstd;
+        }
+        GradientLanes<A, V> lanes;
+        gradient_lanes<T, false, false, any_act, 1>(call, c, act, batch, 0, lanes);
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) {
+            columns[j].of[sum_dz] += lanes.dz[j];
+            columns[j].of[sum_dz_xc] = fma_(lanes.dz[j] * lanes.xc[j], c.rstd[j], columns[j].of[sum_dz_xc]);
+            columns[j].of[sum_act] += lanes.dact[j];
+        }
+    }
+    over_sets<T, false>(call, slab, columns, false);
+    if (slab.row_lane != 0) return;
+    NF_UNROLL
+    for (int j = 0; j < V; ++j)
+        if (slab.has(j)) store_channel_sums(call, slab.chunk, slab.column0 + slab.column(j), columns[j]);
+}
+
+}  // namespace normfused

@@ -1,0 +1,367 @@
+// How a call is run: a pure function of the problem and of the device's limits, testable without a GPU.
+//
+// Routes: single_pass where a block can hold its sets on chip between the two passes over them, else two_pass (a launch per pass).
+// Constants without a measurement behind them say so; the slab engine will replace the choice of owners.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+
+#include "call.h"
+
+namespace normfused {
+
+enum class Route : int { single_pass, two_pass, apply_only };
+
+struct Plan {
+    Route route = Route::two_pass;
+    bool wide = true, rows = true;
+    Walk walk = {};
+    int threads = 0;
+    int64_t blocks = 0;
+    int batch = 0;             // vectors of a thread's batch
+    int slab_bytes = 0;        // of shared memory: what stays on chip beside the last batch
+    int scratch_offset = 0, columns_offset = 0, sums_offset = -1, shared_bytes = 0;
+    bool settles = false;      // narrow sets wider than a slice: a launch of its own merges their columns
+    bool columns_pass = false; // position sets' parameter gradients need a pass of their own
+    Walk columns_walk = {};
+    int columns_threads = 0;
+    double read_x = 1;         // how often x is asked for, for explain() and the tests
+};
+
+namespace planning {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int round_up(int64_t a, int64_t b) { return int(ceil_div(a, b) * b); }
+inline int power_of_2(int64_t n) {  // the smallest that is at least n
+    int p = 1;
+    while (p < n) p *= 2;
+    return p;
+}
+
+struct View {
+    bool wide, rows;
+    Walk walk;
+};
+
+// The view of walk.h, without the cut
+inline View view_of(const Problem& p) {
+    const int64_t N = p.N, C = p.C, S = p.S, D = C / p.groups, V = vector_of(p.type);
+    const bool nhwc = p.layout == Layout::nhwc || S == 1;
+    Walk w = {};
+    w.period = 1;
+    bool wide, rows;
+    if (p.scope == Scope::channel && !nhwc) {
+        wide = rows = true;
+        w.outers = w.period = C;
+        w.low_stride = S;
+        w.low_channels = 1;
+        w.rows = N;
+        w.row_stride = C * S;
+        w.cols = w.width = S;
+        w.sets_per_outer = 1;
+        w.one_channel = true;
+    } else if (p.scope == Scope::sample_group && !nhwc) {
+        wide = rows = true;
+        w.outers = N * p.groups;
+        w.period = p.groups;
+        w.high_stride = C * S;
+        w.low_stride = D * S;
+        w.low_channels = D;
+        w.rows = D;
+        w.row_stride = S;
+        w.row_channels = 1;
+        w.cols = w.width = S;
+        w.sets_per_outer = 1;
+        w.one_channel = D == 1;
+    } else if (p.scope == Scope::position && nhwc) {
+        wide = true;
+        rows = false;
+        w.outers = N * S;
+        w.high_stride = C;
+        w.rows = 1;
+        w.cols = w.width = C;
+        w.sets_per_outer = 1;
+    } else if (p.scope == Scope::position) {
+        wide = false;
+        rows = true;
+        w.outers = N;
+        w.high_stride = C * S;
+        w.rows = C;
+        w.row_stride = S;
+        w.row_channels = 1;
+        w.cols = S;
+        w.width = 1;
+        w.sets_per_outer = S;
+    } else {
+        wide = rows = false;
+        const bool groups = p.scope == Scope::sample_group;
+        w.outers = groups ? N : 1;
+        w.high_stride = groups ? S * C : 0;
+        w.rows = groups ? S : N * S;
+        w.row_stride = w.cols = C;
+        w.width = groups ? D : 1;
+        w.sets_per_outer = groups ? p.groups : C;
+    }
+    const bool ragged = wide && rows && S % V != 0 && w.outers * w.rows > 1;
+    w.phase_mask = ragged ? int(V - 1) : 0;
+    w.row_vectors = int(ragged ? (w.cols + 2 * V - 2) / V : ceil_div(w.cols, V));
+    w.aligned = (wide && rows) || (w.row_stride % V == 0 && w.high_stride % V == 0);
+    w.sets_per_block = 1;
+    w.chunks = w.vector_chunks = 1;
+    w.slices = 1;
+    return {wide, rows, w};
+}
+
+// Threads to a slab of rows x row_vectors, ``want`` vectors to a thread. Rows of several channels need teams of a power of two.
+inline void share_out(Walk& w, int64_t rows, int row_vectors, int want, bool power, int most) {
+    const int64_t vectors = rows * row_vectors;
+    const int threads = std::min<int64_t>(most, std::max<int64_t>(32, round_up(ceil_div(vectors, want), 32)));
+    int best_team = 1, best_teams = threads;
+    int64_t best = INT64_MAX;
+    const auto consider = [&](int team) {
+        if (team < 1 || team > threads) return;
+        const int teams = int(std::min<int64_t>(threads / team, rows));
+        const int64_t steps = ceil_div(row_vectors, team) * ceil_div(rows, teams);
+        if (steps < best || (steps == best && team > best_team)) best = steps, best_team = team, best_teams = teams;
+    };
+    for (int team = 1; team <= threads; team *= 2) consider(team);
+    if (!power)
+        for (int parts = 1; parts <= 8; ++parts) consider(int(ceil_div(row_vectors, parts)));
+    w.team = best_team;
+    w.teams = best_teams;
+}
+
+inline void finish_walk(Walk& w, bool wide) {
+    w.per_row = int(ceil_div(w.chunk_vectors, w.team));
+    w.steps = int(ceil_div(w.chunk_rows, w.teams)) * w.per_row;
+    w.units = wide ? ceil_div(w.outers, w.sets_per_block) * w.chunks : w.outers * w.chunks * w.slices;
+}
+
+// Columns of a narrow slab: whole sets of at least ``bytes``. 0: a set is wider than a team of the most threads can hold.
+inline int64_t slice_of(const Walk& w, Type type, int64_t bytes) {
+    const int64_t V = vector_of(type), least = std::lcm(V, w.width), all = ceil_div(w.cols, V) * V;
+    if (w.width == w.cols) return all / V <= max_threads ? all : 0;
+    int64_t slice = least * std::max<int64_t>(1, bytes / size_of(type) / least);
+    if (slice >= w.cols) slice = std::max(all, least);
+    return slice / V <= max_threads ? slice : 0;
+}
+
+}  // namespace planning
+
+// ``direction`` forward or backward; ``extra``: more tensors than x (forward) or dy and x (backward) that must stay on chip
+inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const Limits& limits, bool pool, int forced_route = -1) {
+    using namespace planning;
+    const View view = view_of(p);
+    const int V = vector_of(p.type), accumulator = p.type == Type::float64 ? 8 : 4;
+    const bool backward = step == Step::norm_act_backward || step == Step::grad_moments || step == Step::grad_apply;
+    const bool position = p.scope == Scope::position;
+    const int batch = backward ? gradient_batch : forward_batch, values = 3;
+    Plan plan;
+    plan.wide = view.wide;
+    plan.rows = view.rows;
+    plan.batch = batch;
+
+    // what has to stay on chip: x, or dy and x and what z is recomputed from
+    const bool source = backward && p.residual_mode == ResidualMode::pre_act && p.act != Act::identity;
+    const int vector_bytes = backward ? 32 + (source ? (p.masked() ? 1 : 16) : 0) : 16;
+    const bool sums_needed = !backward || p.batch_statistics || needs.parameters;
+
+    const auto memory = [&](Plan& at) {  // offsets behind the slab; the reductions of wide sets need one exchange between warps
+        Walk& w = at.walk;
+        const int block = at.threads;
+        at.slab_bytes = round_up(int64_t(w.resident) * batch * block * vector_bytes, 16);
+        at.scratch_offset = at.slab_bytes;
+        const int exchange = values * 32 * accumulator, lanes = at.wide ? 0 : values * V * w.team * w.teams * accumulator;
+        const int tail = backward ? 4 * block * accumulator : 0;  // grad_parameters.cuh in the last block
+        at.columns_offset = at.scratch_offset + round_up(std::max({exchange, lanes, tail}), 16);
+        const int columns = at.wide || w.width == 1 ? 0 : round_up(values * (w.slice + w.slice / w.width) * accumulator, 16);
+        int end = at.columns_offset + columns;
+        if (at.sums_offset >= 0) {
+            at.sums_offset = end;
+            const int64_t per_group = at.wide ? int64_t(w.row_vectors) * V : w.rows;
+            end += int(3 * per_group * w.sets_per_block * accumulator);
+        }
+        at.shared_bytes = end;
+        return end;
+    };
+
+    // ------------------------------------------------------------------------------------------------ single_pass
+    const auto single = [&](int64_t slice_bytes) -> bool {
+        Plan at = plan;
+        Walk& w = at.walk = view.walk;
+        at.route = Route::single_pass;
+        const bool power = backward && (view.rows && !w.one_channel);
+        int row_vectors = w.row_vectors;
+        if (view.wide) {
+            const int64_t vectors = w.rows * w.row_vectors;
+            if (w.rows > (int64_t(1) << 30)) return false;
+            if (vectors <= 64) {  // several sets to a block, a group of lanes each
+                const int group = std::min(32, power_of_2(ceil_div(vectors, 2)));
+                w.team = std::min(group, power_of_2(w.row_vectors));
+                w.teams = group / w.team;
+                w.sets_per_block = std::max<int>(1, int(std::min<int64_t>(128 / group, ceil_div(w.outers, 2 * limits.processors))));
+                at.threads = group * w.sets_per_block;
+                if (at.threads < 32) {
+                    w.sets_per_block = 32 / group;
+                    at.threads = 32;
+                }
+            } else if (position) {  // a row keeps its threads, so that they keep their columns
+                const int per_row = int(ceil_div(w.row_vectors, max_threads));
+                w.team = round_up(ceil_div(w.row_vectors, per_row), 32);
+                w.teams = 1;
+                at.threads = w.team;
+            } else {
+                share_out(w, w.rows, w.row_vectors, batch, power, max_threads);
+                at.threads = round_up(w.team * w.teams, 32);
+            }
+            w.slice = w.cols;
+        } else {
+            w.slice = slice_of(w, p.type, slice_bytes);
+            if (w.slice == 0 || w.rows > (int64_t(1) << 30)) return false;
+            if (power) {  // a row's sum over its team
+                int vectors = std::min(32, power_of_2(ceil_div(slice_bytes, 16)));
+                vectors = std::min(vectors, power_of_2(w.row_vectors));
+                w.slice = int64_t(vectors) * V;
+            }
+            w.slices = ceil_div(w.cols, w.slice);
+            row_vectors = int(w.slice / V);
+            w.team = row_vectors;
+            const int most = std::min(max_threads, std::max(w.team, 256));
+            w.teams = int(std::max<int64_t>(1, std::min<int64_t>(most / w.team, ceil_div(w.rows, batch))));
+            at.threads = round_up(w.team * w.teams, 32);
+        }
+        w.chunk_rows = int(w.rows);
+        w.chunk_vectors = row_vectors;
+        finish_walk(w, view.wide);
+        const int batches = int(ceil_div(w.steps, batch));
+        w.resident = batches - 1;
+        at.sums_offset = backward && position && needs.parameters ? 0 : -1;
+        at.blocks = w.units;
+        const auto fits = [&] { return memory(at) <= limits.shared_bytes_per_block; };
+        if (position) {
+            // blocks walk over many slabs and keep their parameters, and sums per channel, from slab to slab
+            at.blocks = std::min<int64_t>(w.units, int64_t(limits.processors) * std::max(1, limits.threads_per_processor / at.threads / 2));
+            if (at.sums_offset >= 0 && !fits()) {
+                w.resident = 0;
+                if (!fits()) {  // sums per channel are too many: along columns a pass of their own, along rows one entry per slab
+                    at.sums_offset = -1;
+                    at.columns_pass = view.wide;
+                    if (!view.wide) at.blocks = w.units;
+                }
+                w.resident = batches - 1;
+            }
+            while (!fits() && w.resident > 0) --w.resident;  // the rest is read again
+        }
+        if (!fits()) return false;
+        if (w.units >= (int64_t(1) << 31)) return false;
+        plan = at;
+        plan.read_x = 1 + double(batches - 1 - w.resident) / batches;
+        return true;
+    };
+
+    // ------------------------------------------------------------------------------------------------ a launch per pass
+    const auto streaming = [&](Route route) {
+        Walk& w = plan.walk = view.walk;
+        plan.route = route;
+        plan.sums_offset = -1;
+        plan.read_x = route == Route::two_pass ? 2 : 1;
+        int row_vectors = w.row_vectors;
+        const int64_t wanted_blocks = int64_t(limits.processors) * 4;  // unmeasured: 4 blocks of 256 threads fit a processor
+        if (view.wide) {
+            w.slice = w.cols;
+            const int64_t set_vectors = w.rows * w.row_vectors;
+            const int64_t wanted = std::max<int64_t>(1, std::min(ceil_div(wanted_blocks, w.outers), set_vectors / (256 * 4)));
+            if (w.rows >= wanted) {
+                w.chunk_rows = int(ceil_div(w.rows, wanted));
+                while (w.rows / w.chunk_rows > (int64_t(1) << 30)) w.chunk_rows *= 2;
+                w.chunk_vectors = w.row_vectors;
+            } else {
+                w.chunk_rows = 1;
+                w.chunk_vectors = int(ceil_div(w.row_vectors, ceil_div(wanted, w.rows)));
+            }
+            w.vector_chunks = int(ceil_div(w.row_vectors, w.chunk_vectors));
+            w.chunks = ceil_div(w.rows, w.chunk_rows) * w.vector_chunks;
+            row_vectors = w.chunk_vectors;
+            const int64_t vectors = int64_t(w.chunk_rows) * row_vectors;
+            if (vectors <= 64 && w.chunks == 1) {
+                const int group = std::min(32, power_of_2(ceil_div(vectors, 2)));
+                w.team = std::min(group, power_of_2(row_vectors));
+                w.teams = group / w.team;
+                w.sets_per_block = 128 / group;
+                plan.threads = group * w.sets_per_block;
+            } else {
+                share_out(w, w.chunk_rows, row_vectors, 2, backward && !w.one_channel, 256);
+                plan.threads = round_up(w.team * w.teams, 32);
+            }
+        } else {
+            w.slice = slice_of(w, p.type, 128);
+            plan.settles = w.slice == 0 && route == Route::two_pass;
+            if (w.slice == 0) {  // any slice will do
+                w.slice = std::min<int64_t>(8 * V, ceil_div(w.cols, V) * V);
+            }
+            w.slices = ceil_div(w.cols, w.slice);
+            row_vectors = int(w.slice / V);
+            w.team = row_vectors;
+            w.teams = int(std::max<int64_t>(1, std::min<int64_t>(std::max(256, w.team) / w.team, w.rows)));
+            plan.threads = round_up(w.team * w.teams, 32);
+            const int64_t units = w.outers * w.slices;
+            const int64_t wanted = std::max<int64_t>(1, std::min(ceil_div(wanted_blocks, units), w.rows / (int64_t(w.teams) * 4)));
+            w.chunk_rows = int(std::min<int64_t>(ceil_div(w.rows, wanted), int64_t(1) << 30));
+            w.chunks = ceil_div(w.rows, w.chunk_rows);
+            w.chunk_vectors = row_vectors;
+        }
+        finish_walk(w, view.wide);
+        w.resident = 0;
+        plan.blocks = w.units;
+        memory(plan);
+    };
+
+    if (step == Step::apply || step == Step::grad_apply || (step == Step::norm_act && !p.batch_statistics) ||
+        (step == Step::norm_act_backward && !sums_needed && !position)) {
+        streaming(Route::apply_only);
+    } else if (step == Step::moments || step == Step::grad_moments) {
+        streaming(Route::two_pass);
+        plan.read_x = 1;
+    } else {
+        const bool counts_late = step == Step::norm_act && p.cumulative && p.scope == Scope::channel;  // needs an arrival word
+        bool found = position || forced_route == int(Route::single_pass);
+        const bool allowed = forced_route != int(Route::two_pass) && (pool || !counts_late);
+        if (position) {
+            if (!single(128)) single(64);
+        } else {
+            found = allowed && (single(128) || single(64));
+            if (found && forced_route < 0) {
+                // a few large sets would leave most of the device idle (unmeasured)
+                const double set_bytes = double(p.elements()) * size_of(p.type) / plan.walk.units;
+                found = 2 * plan.blocks >= limits.processors || set_bytes <= 32768;
+            }
+            if (!found) streaming(Route::two_pass);
+        }
+    }
+
+    if (plan.columns_pass) {  // the tensor as (N*S) x C
+        Walk& w = plan.columns_walk = view.walk;
+        w.outers = 1;
+        w.high_stride = 0;
+        w.rows = p.N * p.S;
+        w.row_stride = p.C;
+        w.slice = std::min<int64_t>(8 * V, ceil_div(p.C, V) * V);
+        w.slices = ceil_div(w.cols, w.slice);
+        w.width = 1;
+        w.sets_per_outer = p.C;
+        w.team = int(w.slice / V);
+        w.teams = int(std::max<int64_t>(1, std::min<int64_t>(256 / w.team, w.rows)));
+        const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(ceil_div(limits.processors * 4, w.slices), w.rows / (int64_t(w.teams) * 4)));
+        w.chunk_rows = int(ceil_div(w.rows, wanted));
+        w.chunks = ceil_div(w.rows, w.chunk_rows);
+        w.vector_chunks = 1;
+        w.chunk_vectors = int(w.slice / V);
+        w.sets_per_block = 1;
+        finish_walk(w, false);
+        plan.columns_threads = round_up(w.team * w.teams, 32);
+    }
+    return plan;
+}
+
+}  // namespace normfused

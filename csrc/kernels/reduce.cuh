@@ -1,0 +1,146 @@
+// From the values of threads to the values of sets: always in the same order, so that the bits are the same in every run.
+//
+// A value is a small array of numbers that knows how to merge with another one (Moments, Sums). Three reductions:
+//   over_set     wide sets: over all threads of a set, by shuffles and one exchange between warps; every thread gets the result
+//   over_teams   narrow sets: over the teams of a block, lane by lane, as a tree in shared memory; every thread gets its columns' result
+//   over_team    over the threads of a team, for sums per row
+#pragma once
+
+#include "integers.cuh"
+
+namespace normfused {
+
+// Mean and sum of squared deviations of ``count`` numbers. merge: Chan, Golub & LeVeque 1979
+template <class A> struct Moments {
+    static constexpr int size = 3;
+    A mean = 0, m2 = 0, count = 0;
+
+    NF_DEVICE A get(int i) const { return i == 0 ? mean : i == 1 ? m2 : count; }
+    NF_DEVICE void set(int i, A v) { (i == 0 ? mean : i == 1 ? m2 : count) = v; }
+    NF_DEVICE void merge(const Moments& b) {
+        const A n = count + b.count;
+        const A share = n > A(0) ? b.count / n : A(0);
+        const A delta = b.mean - mean;
+        mean = fma_(delta, share, mean);
+        m2 = m2 + fma_(delta * delta, count * share, b.m2);
+        count = n;
+    }
+};
+
+template <class A, int kSize> struct Sums {
+    static constexpr int size = kSize;
+    A of[kSize] = {};
+
+    NF_DEVICE A get(int i) const { return of[i]; }
+    NF_DEVICE void set(int i, A v) { of[i] = v; }
+    NF_DEVICE void merge(const Sums& b) {
+        NF_UNROLL
+        for (int i = 0; i < kSize; ++i) of[i] += b.of[i];
+    }
+};
+
+// Over groups of ``threads`` (a power of two, at most 32) neighbouring lanes. The lower lane's value always comes first.
+template <class Value> NF_DEVICE Value over_lanes(Value v, int threads) {
+    for (int mask = 1; mask < threads; mask *= 2) {
+        Value other;
+        NF_UNROLL
+        for (int i = 0; i < Value::size; ++i) other.set(i, shuffle_xor(v.get(i), mask));
+        if (lane_index() & unsigned(mask)) {
+            other.merge(v);
+            v = other;
+        } else {
+            v.merge(other);
+        }
+    }
+    return v;
+}
+
+// ``threads``: a power of two up to 32, or all threads of the block (whole warps). scratch: Value::size * 32 numbers at ``offset``.
+template <class A, class Value> NF_DEVICE Value over_set(Value v, int threads, int offset) {
+    v = over_lanes(v, min_(threads, 32));
+    if (threads <= 32) return v;
+    const Shared<A> scratch = shared_at<A>(offset, Value::size * 32);
+    const int warps = threads / 32, lane = int(lane_index());
+    if (lane == 0) {
+        NF_UNROLL
+        for (int i = 0; i < Value::size; ++i) scratch.set(i * 32 + int(warp_index()), v.get(i));
+    }
+    sync_block();
+    Value other;
+    if (lane < warps) {
+        NF_UNROLL
+        for (int i = 0; i < Value::size; ++i) other.set(i, scratch.get(i * 32 + lane));
+    }
+    other = over_lanes(other, 32);
+    sync_block();  // before the scratch is used again
+    return other;
+}
+
+// Over the threads of each team (a power of two; teams of more than 32 are whole warps). scratch: Value::size * 32 numbers.
+template <class A, class Value> NF_DEVICE Value over_team(Value v, int team, int offset) {
+    v = over_lanes(v, min_(team, 32));
+    if (team <= 32) return v;
+    const Shared<A> scratch = shared_at<A>(offset, Value::size * 32);
+    const int warps = team / 32, warp = int(warp_index());
+    if (lane_index() == 0) {
+        NF_UNROLL
+        for (int i = 0; i < Value::size; ++i) scratch.set(i * 32 + warp, v.get(i));
+    }
+    sync_block();
+    const int first = warp / warps * warps;
+    Value sum;
+    for (int k = 0; k < warps; ++k) {
+        Value other;
+        NF_UNROLL
+        for (int i = 0; i < Value::size; ++i) other.set(i, scratch.get(i * 32 + first + k));
+        if (k == 0) sum = other;
+        else sum.merge(other);
+    }
+    sync_block();
+    return sum;
+}
+
+// Lane by lane over the teams; ``thread`` = team number * team + lane in the team. scratch: Value::size * V * team * teams numbers.
+template <class A, int V, class Value> NF_DEVICE void over_teams(Value (&v)[V], int team, int teams, int lane, int row_lane, int offset) {
+    const int threads = team * teams;
+    const Shared<A> scratch = shared_at<A>(offset, Value::size * V * threads);
+    const bool member = row_lane < teams;
+    const auto slot = [&](int i, int j, int row) { return (i * V + j) * threads + row * team + lane; };
+    for (int left = teams; left > 1;) {
+        const int half = (left + 1) / 2;
+        if (member && row_lane >= half && row_lane < left) {
+            NF_UNROLL
+            for (int j = 0; j < V; ++j)
+                NF_UNROLL
+                for (int i = 0; i < Value::size; ++i) scratch.set(slot(i, j, row_lane), v[j].get(i));
+        }
+        sync_block();
+        if (member && row_lane < half && row_lane + half < left) {
+            NF_UNROLL
+            for (int j = 0; j < V; ++j) {
+                Value other;
+                NF_UNROLL
+                for (int i = 0; i < Value::size; ++i) other.set(i, scratch.get(slot(i, j, row_lane + half)));
+                v[j].merge(other);
+            }
+        }
+        left = half;
+    }
+    // the rows above ``half`` of the last round are not read any more; row 0 is free since it is never written by the tree
+    if (member && row_lane == 0) {
+        NF_UNROLL
+        for (int j = 0; j < V; ++j)
+            NF_UNROLL
+            for (int i = 0; i < Value::size; ++i) scratch.set(slot(i, j, 0), v[j].get(i));
+    }
+    sync_block();
+    if (member) {
+        NF_UNROLL
+        for (int j = 0; j < V; ++j)
+            NF_UNROLL
+            for (int i = 0; i < Value::size; ++i) v[j].set(i, scratch.get(slot(i, j, 0)));
+    }
+    sync_block();
+}
+
+}  // namespace normfused

@@ -1,0 +1,34 @@
+// moments -> coefficients -> apply in one launch: the set stays in registers and shared memory between its statistics and its output.
+//
+// A slab is all rows of its sets: one set (wide), several small ones (wide, a group of lanes each), or the sets of a slice of columns
+// (narrow). Reads x once and writes y once (2T); where the slab does not fit (walk.resident) the first part of it is read again.
+// The running statistics move in the same launch. With a cumulative average every block reads the counter, so only the last of them
+// to finish may move it on.
+#pragma once
+
+#include "apply.cuh"
+
+namespace normfused {
+
+template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) single_pass_kernel(NF_GRID_CONSTANT Call call) {
+    using A = AccumulatorOf<T>;
+    const Arguments& t = call.tensors;
+    const int64_t batches_before = call.problem.cumulative ? counted_batches(call) : 0;
+    Coefficients<T, kWide, kRows> c;
+    for (int64_t unit = block_index(); unit < call.walk.units; unit += grid_blocks()) {
+        const Slab<T, kWide> slab(call.walk, unit);
+        Moments<A> m[sum_lanes<T, kWide>];
+        Vector<T> batch[forward_batch];
+        collect<T, kWide, forward_batch>(call, slab, batch, m);
+        over_sets<T, kWide>(call, slab, m);
+        finish_sets<T, kWide, kRows>(call, slab, m, true, batches_before, c);
+        apply_slab<T, kWide, kRows, kAct, forward_batch>(call, slab, true, batch, c);
+    }
+    if (call.problem.scope == Scope::channel && t.counter) {
+        const Global<int64_t> counter(t.counter);
+        const bool last = call.problem.cumulative ? last_to_arrive(Global<uint32_t>(t.arrivals), grid_blocks()) : block_index() == 0;
+        if (last && thread_index() == 0) counter.store(0, counter.load_coherent(0) + 1);
+    }
+}
+
+}  // namespace normfused

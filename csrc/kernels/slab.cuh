@@ -1,0 +1,160 @@
+// A slab: the part of a matrix (walk.h) that one block holds, and the order in which its threads meet the vectors of it.
+//
+// A thread walks its vectors in batches of K. The first pass reads each from memory; the last batch then still lies in registers,
+// the ``resident`` ones before it in shared memory, and whatever came earlier is read again. The second pass goes backwards, so
+// that what is read again was read last. One body serves the single pass (all resident) and the passes that stream (none).
+//
+// Rows and columns are counted from the slab's corner and fit 32 bits; only the corner is a 64-bit offset.
+#pragma once
+
+#include "integers.cuh"
+#include "pack.cuh"
+#include "walk.h"
+
+namespace normfused {
+
+// One vector of a slab: elements at .. at + V - 1 of the tensor, of which lanes [first, last) belong to it
+struct Spot {
+    int64_t at;
+    int row, column;  // of lane 0; the column is negative where a wide run starts off a 16-byte boundary
+    int first, last;
+
+    NF_DEVICE bool empty() const { return last == 0; }
+};
+
+template <class T, bool kWide> struct Slab {
+    static constexpr int V = vector_size<T>;
+
+    int64_t corner, row_stride;  // element of row 0, column 0
+    int64_t outer;
+    int64_t row0;               // of the matrix
+    int column0, vector0;       // of the matrix (its columns are channels, or counted by vectors), of the mask's row
+    int channel0, chunk;
+    int rows, columns, least_column;
+    int vectors, per_row, steps;  // of a row; that a thread meets in a row, in all rows. Absent ones at the edges counted
+    int team, teams, lane, row_lane;  // this thread is number ``lane`` of team ``row_lane``
+    int set_in_block, phase_mask;
+    bool live, aligned;
+
+    struct Cursor {
+        int row, vector;
+    };
+
+    NF_DEVICE Slab(const Walk& w, int64_t unit) {
+        team = w.team;
+        teams = w.teams;
+        aligned = w.aligned;
+        phase_mask = w.phase_mask;
+        int thread = int(thread_index());
+        set_in_block = 0;
+        int64_t first_column = 0;
+        if (kWide) {
+            if (w.sets_per_block > 1) {
+                set_in_block = thread / (team * teams);
+                thread -= set_in_block * team * teams;
+            }
+            const int64_t block_sets = quotient(unit, w.chunks);
+            chunk = int(unit - block_sets * w.chunks);
+            outer = block_sets * w.sets_per_block + set_in_block;
+            live = outer < w.outers;
+        } else {
+            const int64_t slabs = quotient(unit, w.slices);
+            first_column = (unit - slabs * w.slices) * w.slice;
+            outer = quotient(slabs, w.chunks);
+            chunk = int(slabs - outer * w.chunks);
+            live = true;
+        }
+        row_lane = thread / team;
+        lane = thread - row_lane * team;
+        const int64_t high = quotient(outer, w.period), low = outer - high * w.period;
+        const int row_chunk = chunk / w.vector_chunks, vector_chunk = chunk - row_chunk * w.vector_chunks;
+        row0 = int64_t(row_chunk) * w.chunk_rows;
+        first_column += int64_t(vector_chunk) * w.chunk_vectors * V;
+        corner = high * w.high_stride + low * w.low_stride + row0 * w.row_stride + first_column;
+        row_stride = w.row_stride;
+        channel0 = int(low * w.low_channels);
+        column0 = int(first_column);  // used where columns are channels or sets, which are fewer than 2^31
+        vector0 = int(first_column / V);
+        // threads that fill up the last warp, and groups without a set, have no rows
+        rows = live && row_lane < teams ? int(min_(w.rows - row0, int64_t(w.chunk_rows))) : 0;
+        const int64_t left = (kWide ? w.cols : min_(w.cols, first_column + w.slice)) - first_column;
+        columns = int(min_(left, int64_t(w.chunk_vectors) * V + V));
+        least_column = vector_chunk == 0 ? 0 : -V;
+        vectors = min_(w.chunk_vectors, w.row_vectors - vector0);
+        // the same number of steps for every thread of the launch, since there are barriers between them
+        per_row = w.per_row;
+        steps = w.steps;
+    }
+
+    NF_DEVICE Cursor start() const { return {row_lane, lane}; }
+    NF_DEVICE Cursor after(int steps_done) const {
+        const int rows_done = steps_done / per_row;
+        return {row_lane + rows_done * teams, lane + (steps_done - rows_done * per_row) * team};
+    }
+    NF_DEVICE bool row_ends(const Cursor& c) const { return c.vector + team >= per_row * team; }
+    NF_DEVICE void advance(Cursor& c) const {
+        c.vector += team;
+        if (c.vector >= per_row * team) {
+            c.vector -= per_row * team;
+            c.row += teams;
+        }
+    }
+    NF_DEVICE void retreat(Cursor& c) const {
+        c.vector -= team;
+        if (c.vector < 0) {
+            c.vector += per_row * team;
+            c.row -= teams;
+        }
+    }
+
+    NF_DEVICE Spot spot(const Cursor& c) const {
+        const int64_t run = corner + c.row * row_stride;
+        Spot s;
+        s.row = c.row;
+        s.column = c.vector * V - (kWide ? int(run) & phase_mask : 0);
+        s.at = run + s.column;
+        s.first = max_(least_column - s.column, 0);
+        s.last = min_(columns - s.column, V);
+        if (c.row >= rows || c.vector >= vectors || s.last <= s.first) s.first = s.last = 0;
+        return s;
+    }
+
+    NF_DEVICE bool whole(const Spot& s) const { return aligned && s.last - s.first == V; }
+
+    // Lanes outside are zero
+    template <bool kCoherent = false> NF_DEVICE Vector<T> load(const void* tensor, const Spot& s) const {
+        const Global<const T> from(tensor);
+        if (whole(s)) return kCoherent ? from.template load_coherent<V>(s.at) : from.template load<V>(s.at);
+        Vector<T> v;
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) {
+            v.data[j] = narrow<T>(0);
+            if (j >= s.first && j < s.last) v.data[j] = kCoherent ? from.load_coherent(s.at + j) : from.load(s.at + j);
+        }
+        return v;
+    }
+
+    NF_DEVICE void store(void* tensor, const Spot& s, const Vector<T>& v) const {
+        const Global<T> to(tensor);
+        if (whole(s)) return to.template store<V>(s.at, v);
+        NF_UNROLL
+        for (int j = 0; j < V; ++j)
+            if (j >= s.first && j < s.last) to.store(s.at + j, v.data[j]);
+    }
+
+    // The mask has one byte per vector of every row: [outer][row][vector]
+    NF_DEVICE int64_t mask_at(const Walk& w, const Cursor& c) const { return (outer * w.rows + row0 + c.row) * w.row_vectors + vector0 + c.vector; }
+
+    NF_DEVICE int64_t row_channel(const Walk& w, int row) const { return channel0 + (row0 + row) * w.row_channels; }
+
+    // Column of a lane of this thread, where every thread keeps its columns (narrow)
+    NF_DEVICE int column(int j) const { return lane * V + j; }
+    NF_DEVICE bool has(int j) const { return live && (kWide || column(j) < columns); }
+    NF_DEVICE int64_t set(const Walk& w, int j) const {
+        return kWide ? outer : outer * w.sets_per_outer + (w.width == 1 ? column0 + column(j) : (column0 + column(j)) / int(w.width));
+    }
+    // The one thread that speaks for a set (wide), or for the columns of its lanes
+    NF_DEVICE bool speaks() const { return live && row_lane == 0 && (!kWide || lane == 0); }
+};
+
+}  // namespace normfused
