@@ -486,8 +486,9 @@ def _free_memory_gb() -> float:
         limits += [int(found[1]) / 2**20] if found else []
         group = Path("/sys/fs/cgroup")
         most = (group / "memory.max").read_text().strip()
-        if most.isdigit():
-            limits.append((int(most) - int((group / "memory.current").read_text())) / 2**30)
+        anonymous = re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)  # file caches give way
+        if most.isdigit() and anonymous is not None:
+            limits.append((int(most) - int(anonymous[1])) / 2**30)
     except (OSError, ValueError):
         pass
     return min(limits, default=4.0)

@@ -2,8 +2,8 @@
 
 On the CPU the suite runs with the backends ``torch`` (by either of its paths) and ``reference``. With ``TRITON_INTERPRET=1``
 set before Python starts, the tests marked ``triton_surface`` run through Triton's interpreter instead, in a process of their
-own, since the variable changes what `triton.jit` makes. ``NORMFUSED_TEST_DEVICE=cuda`` runs all of it on a GPU with every
-backend that can run there.
+own, since the variable changes what `triton.jit` makes. With ``NORMFUSED_EMULATE=1`` all of it runs through the CUDA kernels,
+emulated (``make emulation`` first). ``NORMFUSED_TEST_DEVICE=cuda`` runs all of it on a GPU with every backend that can run there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import normfused
 from normfused import ops
 from normfused.backends.torch import steps
 
+EMULATED = os.environ.get("NORMFUSED_EMULATE") == "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = os.environ.get("NORMFUSED_TEST_DEVICE", "cpu") != "cpu"
 _HERE = Path(__file__).parent
@@ -27,6 +28,8 @@ _HERE = Path(__file__).parent
 def _backends() -> list[str]:
     if INTERPRETED:
         return ["triton"]
+    if EMULATED:
+        return ["cuda"]
     if ON_GPU:
         return normfused.available_backends(os.environ["NORMFUSED_TEST_DEVICE"])
     return ["torch", "torch_steps", "reference"]

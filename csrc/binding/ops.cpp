@@ -147,7 +147,7 @@ class Call {
         if (!tensor) return {};
         const int64_t count = tensor->numel();
         require(count == 1 || count == problem.C, op_, ": ", name, " must have 1 or ", problem.C, " elements, got ", count);
-        return {here(*tensor, name), type_of(*tensor, op_, name), count > 1};
+        return {here(*tensor, name), type_of(*tensor, op_, name), count == problem.C};
     }
 
     // A buffer that is given with no elements is a norm without running statistics
@@ -333,8 +333,8 @@ Two moments(const Tensor& x, int64_t code) {
     return {std::move(mean), std::move(var)};
 }
 
-Tensor apply(const Tensor& x, const Optional& residual, const Tensor& scale, const Tensor& shift, const Optional& act_weight,
-             int64_t code, double p0, double p1) {
+Tensor apply(const Tensor& x, const Optional& residual, const Tensor& scale, const Tensor& shift, const Optional& act_weight, int64_t code,
+             double p0, double p1) {
     Call call("apply", x, code, x.size(1));
     Problem& p = call.problem;
     p.p0 = p0;

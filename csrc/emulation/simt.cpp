@@ -1026,8 +1026,7 @@ void bulk_wait(void* barrier, unsigned phase, Site site) {
             if (bulk.expected == 0) {
                 ++bulk.phase;
                 bulk.pending = static_cast<int>(bulk.arrivals);
-                wake(bulk);
-                return;
+                return;  // whoever else waits was woken by the last arrival or copy
             }
         }
         bulk.waiting.push_back(current);
@@ -1223,7 +1222,6 @@ void add_up() {
             }
         }
         base = tensor->begin;
-        asked = Asked();
     }
     machine.shared_total.requests += machine.shared.requests;
     machine.shared_total.wavefronts += machine.shared.wavefronts;
@@ -1252,8 +1250,8 @@ void run_blocks() {
     std::iota(machine.ranks.begin(), machine.ranks.end(), 0u);
     if (machine.order == nf_order_reverse) {
         std::reverse(order.begin(), order.end());
-        std::reverse(machine.ranks.begin(), machine.ranks.end());
-        if (!grid.cooperative) std::iota(machine.ranks.rbegin(), machine.ranks.rend(), 0u);
+        for (auto slot = machine.ranks.begin(); slot != machine.ranks.end(); slot += warps / at_a_time)
+            std::reverse(slot, slot + warps / at_a_time);
     } else if (machine.order == nf_order_starve) {
         std::shuffle(order.begin(), order.end(), machine.random);
         std::shuffle(machine.ranks.begin(), machine.ranks.end(), machine.random);

@@ -106,7 +106,8 @@ int nf_emulation_counters(const char* tensor, long long out[8]);
 // [{"kernel", "blocks", ..., "tensors", "shared"}]}; kernels are listed while traffic is counted. Valid until the next call.
 const char* nf_emulation_tensors();
 
-// Makes the barriers and waits at a line do nothing (line 0: none). What a test should notice.
+// Makes the barriers and waits at a line do nothing (line 0: none). What a test should notice. Not any_in_block and last_to_arrive, whose
+// callers need the value.
 void nf_emulation_skip(const char* file_suffix, int line);
 // The barriers and waits met since reset, as JSON: [{"file", "line", "what"}]. Valid until the next call.
 const char* nf_emulation_sites();

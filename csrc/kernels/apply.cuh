@@ -35,7 +35,7 @@ template <class T, bool kWide, bool kRows> struct Coefficients {
     }
 
     // Parameters of the channels of this vector, if it is not of the same as the one before
-    NF_DEVICE void turn_to(const Call& call, const Slab<T, kWide>& slab, const Spot& spot) {
+    template <bool kWideSlab> NF_DEVICE void turn_to(const Call& call, const Slab<T, kWideSlab>& slab, const Spot& spot) {
         const int key = kRows ? int(slab.row_channel(call.walk, spot.row)) : slab.column0 + spot.column;
         if (key == at || spot.empty()) return;
         at = key;

@@ -42,9 +42,7 @@ template <class T> NF_KERNEL(max_threads) grad_columns_kernel(NF_GRID_CONSTANT C
     const Arguments& t = call.tensors;
     const Activation<any_act, A, V> act(p);
     const Global<A> means(t.mean), rstds(t.rstd);
-    Coefficients<T, false, false> c;
-    NF_UNROLL
-    for (int j = 0; j < V; ++j) c.mean[j] = c.rstd[j] = A(0);
+    Coefficients<T, true, false> c;  // statistics of the row, parameters of the columns
     Sums<A, 3> columns[V];
     GradientBatch<T, 1> batch;
     auto cursor = slab.start();
@@ -55,18 +53,14 @@ template <class T> NF_KERNEL(max_threads) grad_columns_kernel(NF_GRID_CONSTANT C
         load_gradients<T, false, 1>(call, slab, cursors, spots, batch);
         if (spots[0].empty()) continue;
         c.turn_to(call, slab, spots[0]);
-        const A mean = means ? means.load_coherent(slab.row0 + spots[0].row) : A(0), rstd = rstds.load_coherent(slab.row0 + spots[0].row);
-        NF_UNROLL
-        for (int j = 0; j < V; ++j) {
-            c.mean[j] = mean;
-            c.rstd[j] = rstd;
-        }
+        c.mean[0] = means ? means.load_coherent(slab.row0 + spots[0].row) : A(0);
+        c.rstd[0] = rstds.load_coherent(slab.row0 + spots[0].row);
         GradientLanes<A, V> lanes;
-        gradient_lanes<T, false, false, any_act, 1>(call, c, act, batch, 0, lanes);
+        gradient_lanes<T, true, false, any_act, 1>(call, c, act, batch, 0, lanes);
         NF_UNROLL
         for (int j = 0; j < V; ++j) {
             columns[j].of[sum_dz] += lanes.dz[j];
-            columns[j].of[sum_dz_xc] = fma_(lanes.dz[j] * lanes.xc[j], c.rstd[j], columns[j].of[sum_dz_xc]);
+            columns[j].of[sum_dz_xc] = fma_(lanes.dz[j] * lanes.xc[j], c.rstd[0], columns[j].of[sum_dz_xc]);
             columns[j].of[sum_act] += lanes.dact[j];
         }
     }

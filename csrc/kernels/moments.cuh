@@ -4,7 +4,7 @@
 // (Chan); then threads, teams and chunks merge in a fixed order. x is read once; 5 instructions per element and one division per batch.
 //
 // moments_kernel (two_pass): a slab per block; leaves in ``partial``
-//     wide:   [mean, m2, count][set][chunk]         narrow: [mean, m2, count][chunk][outer][column]
+//     wide:   [element, offset, m2, count][set][chunk]         narrow: [element, offset, m2, count][chunk][outer][column]
 // which the next launch merges.
 #pragma once
 
@@ -77,7 +77,8 @@ NF_DEVICE void add_batch(const Vector<T> (&batch)[K], const Spot (&spots)[K], bo
     NF_UNROLL
     for (int j = 0; j < kLanes; ++j) {
         Moments<A> add;
-        add.mean = shift[j] + offset[j];
+        add.element = shift[j];
+        add.offset = offset[j];
         add.m2 = m2[j];
         add.count = A(n);
         moments[j].merge(add);
@@ -235,12 +236,12 @@ NF_DEVICE void update_running_statistics(const Call& call, int64_t channel, A me
 template <class A> NF_DEVICE Statistics<A> finish_set(const Call& call, int64_t set, const Moments<A>& m, bool writer, int64_t batches_before) {
     const Arguments& t = call.tensors;
     const A var = m.m2 / A(call.count);
-    const Statistics<A> s = {m.mean, standard::reciprocal_deviation(var, eps_of<A>(call, set))};
+    const Statistics<A> s = {m.mean(), standard::reciprocal_deviation(var, eps_of<A>(call, set))};
     if (writer) {
         if (t.mean) Global<A>(t.mean).store(set, s.mean);
         if (t.rstd) Global<A>(t.rstd).store(set, s.rstd);
         if (call.variances) Global<A>(call.variances).store(set, var);
-        if (call.problem.scope == Scope::channel) update_running_statistics(call, set, m.mean, var, batches_before);
+        if (call.problem.scope == Scope::channel) update_running_statistics(call, set, s.mean, var, batches_before);
     }
     return s;
 }

@@ -156,7 +156,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
     const int V = vector_of(p.type), accumulator = p.type == Type::float64 ? 8 : 4;
     const bool backward = step == Step::norm_act_backward || step == Step::grad_moments || step == Step::grad_apply;
     const bool position = p.scope == Scope::position;
-    const int batch = backward ? gradient_batch : forward_batch, values = 3;
+    const int batch = backward ? gradient_batch : forward_batch, values = backward ? 3 : 4;  // numbers that reductions carry
     Plan plan;
     plan.wide = view.wide;
     plan.rows = view.rows;
@@ -200,12 +200,9 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
                 const int group = std::min(32, power_of_2(ceil_div(vectors, 2)));
                 w.team = std::min(group, power_of_2(w.row_vectors));
                 w.teams = group / w.team;
-                w.sets_per_block = std::max<int>(1, int(std::min<int64_t>(128 / group, ceil_div(w.outers, 2 * limits.processors))));
+                const int whole_warps = 32 / group;
+                w.sets_per_block = std::min(128 / group, round_up(ceil_div(w.outers, 2 * limits.processors), whole_warps));
                 at.threads = group * w.sets_per_block;
-                if (at.threads < 32) {
-                    w.sets_per_block = 32 / group;
-                    at.threads = 32;
-                }
             } else if (position) {  // a row keeps its threads, so that they keep their columns
                 const int per_row = int(ceil_div(w.row_vectors, max_threads));
                 w.team = round_up(ceil_div(w.row_vectors, per_row), 32);

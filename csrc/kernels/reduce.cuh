@@ -10,18 +10,24 @@
 
 namespace normfused {
 
-// Mean and sum of squared deviations of ``count`` numbers. merge: Chan, Golub & LeVeque 1979
+// Mean and sum of squared deviations of ``count`` numbers; merge: Chan, Golub & LeVeque 1979. The mean is kept as an element of the
+// numbers plus an offset: the difference of two elements is exact, so a large mean takes no digits from the squared deviations.
 template <class A> struct Moments {
-    static constexpr int size = 3;
-    A mean = 0, m2 = 0, count = 0;
+    static constexpr int size = 4;
+    A element = 0, offset = 0, m2 = 0, count = 0;
 
-    NF_DEVICE A get(int i) const { return i == 0 ? mean : i == 1 ? m2 : count; }
-    NF_DEVICE void set(int i, A v) { (i == 0 ? mean : i == 1 ? m2 : count) = v; }
+    NF_DEVICE A mean() const { return element + offset; }
+    NF_DEVICE A get(int i) const { return i == 0 ? element : i == 1 ? offset : i == 2 ? m2 : count; }
+    NF_DEVICE void set(int i, A v) { (i == 0 ? element : i == 1 ? offset : i == 2 ? m2 : count) = v; }
     NF_DEVICE void merge(const Moments& b) {
-        const A n = count + b.count;
-        const A share = n > A(0) ? b.count / n : A(0);
-        const A delta = b.mean - mean;
-        mean = fma_(delta, share, mean);
+        if (b.count == A(0)) return;
+        if (count == A(0)) {
+            *this = b;
+            return;
+        }
+        const A n = count + b.count, share = b.count / n;
+        const A delta = (b.element - element) + (b.offset - offset);
+        offset = fma_(delta, share, offset);
         m2 = m2 + fma_(delta * delta, count * share, b.m2);
         count = n;
     }

@@ -59,7 +59,7 @@ template <class T, bool kWide, class Value, class Store> NF_DEVICE void settle_s
 template <class T, bool kWide> NF_KERNEL(max_threads) settle_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     settle_slices<T, kWide, Moments<A>>(call, [&](int64_t set, const Moments<A>& m) {
-        Global<A>(call.tensors.mean).store(set, m.mean);
+        Global<A>(call.tensors.mean).store(set, m.mean());
         Global<A>(call.tensors.rstd).store(set, m.m2 / A(call.count));
     });
 }

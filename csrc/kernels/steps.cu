@@ -41,7 +41,8 @@ bool shared(const Parameter& p) { return p.data != nullptr && !p.per_channel; }
 Workspace workspace(const Problem& p, Step step, const Needs& needs, const Plan& plan, bool pool) {
     const Walk& w = plan.walk;
     Workspace s;
-    const int64_t columns = plan.wide ? w.outers : w.outers * w.cols, partial = 3 * w.chunks * columns;
+    const bool forward = step == Step::norm_act || step == Step::moments;
+    const int64_t columns = plan.wide ? w.outers : w.outers * w.cols, partial = (forward ? 4 : 3) * w.chunks * columns;
     if (step == Step::moments || step == Step::grad_moments) s.partial = partial;
     if (step == Step::grad_moments) s.channel_sums = p.N * p.C;  // of act_weight
     if (step == Step::norm_act) {
@@ -162,7 +163,7 @@ public:
     int small(Kernel kernel, const char* name, int64_t blocks, int threads) {
         const int offset = call.scratch_offset;
         call.scratch_offset = 0;
-        const int status = launch_typed({kernel, plan.wide, plan.rows, uint32_t(blocks), uint32_t(threads), uint32_t(4 * threads * wide), name}, call, stream);
+        const int status = launch_typed({kernel, plan.wide, plan.rows, uint32_t(blocks), uint32_t(threads), uint32_t(4 * std::max(threads, 32) * wide), name}, call, stream);
         call.scratch_offset = offset;
         return status;
     }

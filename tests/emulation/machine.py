@@ -97,9 +97,9 @@ class Machine:
         self.library.nf_emulation_skip(file.encode(), line)
 
 
-def machine(source: str) -> Iterator[Machine]:
+def machine(source: str, *flags: str) -> Iterator[Machine]:
     """For a fixture: the modes are left as they are by default."""
-    made = Machine(build(source))
+    made = Machine(build(source, *flags))
     yield made
     made.skip()
     made.mode()

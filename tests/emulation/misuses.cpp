@@ -101,6 +101,13 @@ void nobody_wrote(Arguments a) {
     sync_block();
     a.y.store(thread_index(), s.get(thread_index()));  // HERE nobody_wrote
 }
+void own_read_hides_anothers(Arguments a) {
+    auto s = shared_at<float>(0, 32);
+    if (thread_index() == 0) s.set(0, 1.0f);
+    sync_block();
+    if (thread_index() == 0) a.y.store(0, s.get(0));  // HERE own_read_hides_anothers
+    if (thread_index() == 32) s.set(0, s.get(0) + 1);  // HERE own_read_hides_anothers
+}
 void no_sync_warp(Arguments a) {
     auto s = shared_at<float>(0, 32);
     s.set(thread_index(), 1.0f);
@@ -180,8 +187,14 @@ void remote_without_last_barrier(Arguments a) {
     auto s = shared_at<float>(0, 32);
     s.set(thread_index(), 1.0f);
     sync_cluster();
-    const float got = s.on_block(cluster_rank() ^ 1).get(thread_index());  // HERE remote_without_last_barrier
-    a.y.store(block_index() * 32 + thread_index(), got);
+    if (cluster_rank() == 0)
+        a.y.store(block_index() * 32 + thread_index(), s.on_block(1).get(thread_index()));  // HERE remote_without_last_barrier
+}
+void remote_unordered(Arguments) {
+    auto s = shared_at<float>(0, 32);
+    sync_cluster();
+    s.on_block(0).set(thread_index(), float(cluster_rank()));  // HERE remote_unordered
+    sync_cluster();
 }
 void rank_beyond(Arguments) {
     sync_cluster();
@@ -195,6 +208,7 @@ void cluster_barrier_missed(Arguments) {
 
 void copy_not_awaited(Arguments a) {
     auto s = shared_at<float>(0, 128);
+    s.store(4 * thread_index(), Pack<float, 4>{});
     copy_async<4>(s, 4 * thread_index(), a.x, 4 * thread_index());
     copy_async_commit();
     a.y.store(thread_index(), s.get(4 * thread_index()));  // HERE copy_not_awaited
@@ -273,10 +287,12 @@ void bulk_out_left_behind(Arguments a) {
     }
 }
 
-void stack_overflow(Arguments a) {
+__attribute__((noinline)) void use_stack() {
     volatile char large[48 * 1024];
     for (int k = 0; k < int(sizeof large); k += 64) large[sizeof large - 1 - k] = 1;
-    if (large[0]) a.y.store(0, 1.0f);
+}
+void stack_overflow(Arguments) {
+    if (thread_index() == 20) use_stack();
 }
 void nothing(Arguments) {}
 
@@ -330,6 +346,12 @@ void arrivals_at_two_levels(Arguments a) {
     for (unsigned k = 0; k < grid_blocks(); ++k) sum += a.y.load_coherent(k);
     if (sum != 2 * float(grid_blocks())) a.word.advance(1000).store(0, 0);  // a fault
 }
+void votes(Arguments a) {
+    for (unsigned k = 0; k < 64; ++k) {
+        const bool some = any_in_block(thread_index() == k), none = any_in_block(false);
+        if (!some || none) a.word.advance(1000).store(0, 0);  // a fault
+    }
+}
 void partial_warp(Arguments a) {
     float v = float(thread_index());
     v = shuffle(v, 0);
@@ -350,30 +372,37 @@ const Case cases[] = {
     NF_CASE(load_beyond, 2, 32), NF_CASE(load_before, 2, 32), NF_CASE(load_beyond_after_advance, 2, 32), NF_CASE(pack_beyond, 2, 32),
     NF_CASE(store_beyond, 2, 32), NF_CASE(misaligned_load, 2, 32), NF_CASE(misaligned_store, 2, 32), NF_CASE(store_to_read_only, 2, 32),
     NF_CASE(read_only_load_of_written, 2, 32), NF_CASE(undeclared_tensor, 2, 32), NF_CASE(null_pointer, 2, 32),
-    NF_CASE(same_element_twice, 1, 32), NF_CASE(other_blocks_element, 2, 32),
-    NF_CASE(in_place_unordered, 1, 32), NF_CASE(in_place_read_only, 1, 32), NF_CASE(in_place_ordered, 1, 32), NF_CASE(shared_beyond, 1, 32), NF_CASE(view_beyond, 1, 32),
+    NF_CASE(same_element_twice, 1, 32), NF_CASE(other_blocks_element, 2, 32), NF_CASE(in_place_unordered, 1, 32),
+    NF_CASE(in_place_read_only, 1, 32), NF_CASE(in_place_ordered, 1, 32), NF_CASE(shared_beyond, 1, 32), NF_CASE(view_beyond, 1, 32),
     NF_CASE(part_beyond, 1, 32), NF_CASE(misaligned_view, 1, 32), NF_CASE(misaligned_shared_pack, 1, 32), NF_CASE(nobody_wrote, 1, 32),
-    NF_CASE(no_sync_warp, 1, 32), NF_CASE(no_sync_block, 1, 64), NF_CASE(no_sync_before_reuse, 1, 64), NF_CASE(divergent_barrier, 1, 64),
-    NF_CASE(barrier_missed, 1, 64), NF_CASE(one_barrier_more, 1, 64), NF_CASE(divergent_shuffle, 1, 32), NF_CASE(lanes_masked_out, 1, 32),
+    NF_CASE(own_read_hides_anothers, 1, 64), NF_CASE(no_sync_warp, 1, 32), NF_CASE(no_sync_block, 1, 64),
+    NF_CASE(no_sync_before_reuse, 1, 64), NF_CASE(divergent_barrier, 1, 64), NF_CASE(barrier_missed, 1, 64),
+    NF_CASE(one_barrier_more, 1, 64), NF_CASE(divergent_shuffle, 1, 32), NF_CASE(lanes_masked_out, 1, 32),
     NF_CASE(exit_before_shuffle, 1, 32), NF_CASE(shuffle_beyond_warp, 1, 16), NF_CASE(grid_barrier_in_plain_launch, 2, 32),
     NF_CASE(grid_barrier_missed, 3, 32, true), NF_CASE(grid_barrier_not_at_rest, 3, 32, true), NF_CASE(more_arrivals_than_parties, 3, 32),
     NF_CASE(late_of_an_earlier_block, 3, 32), NF_CASE(remote_before_first_barrier, 4, 32, false, 2),
-    NF_CASE(remote_without_last_barrier, 4, 32, false, 2), NF_CASE(rank_beyond, 4, 32, false, 2),
-    NF_CASE(cluster_barrier_missed, 4, 32, false, 2), NF_CASE(copy_not_awaited, 1, 32), NF_CASE(copy_not_committed, 1, 32),
-    NF_CASE(copy_left_behind, 1, 32), NF_CASE(misaligned_copy, 1, 32), NF_CASE(bulk_not_awaited, 1, 32), NF_CASE(bulk_too_few_bytes, 1, 32),
-    NF_CASE(bulk_too_many_bytes, 1, 32), NF_CASE(bulk_not_initialised, 1, 32), NF_CASE(bulk_init_without_barrier, 1, 64),
-    NF_CASE(bulk_odd_size, 1, 32), NF_CASE(bulk_out_left_behind, 1, 64), NF_CASE(stack_overflow, 1, 32),
-    {"no_threads", nothing, 1, 0}, {"too_many_threads", nothing, 1, 1025}, {"odd_clusters", nothing, 3, 32, false, 2},
+    NF_CASE(remote_without_last_barrier, 4, 32, false, 2), NF_CASE(remote_unordered, 4, 32, false, 2),
+    NF_CASE(rank_beyond, 4, 32, false, 2), NF_CASE(cluster_barrier_missed, 4, 32, false, 2), NF_CASE(copy_not_awaited, 1, 32),
+    NF_CASE(copy_not_committed, 1, 32), NF_CASE(copy_left_behind, 1, 32), NF_CASE(misaligned_copy, 1, 32),
+    NF_CASE(bulk_not_awaited, 1, 32), NF_CASE(bulk_too_few_bytes, 1, 32), NF_CASE(bulk_too_many_bytes, 1, 32),
+    NF_CASE(bulk_not_initialised, 1, 32), NF_CASE(bulk_init_without_barrier, 1, 64), NF_CASE(bulk_odd_size, 1, 32),
+    NF_CASE(bulk_out_left_behind, 1, 64), NF_CASE(stack_overflow, 1, 32), {"no_threads", nothing, 1, 0},
+    {"too_many_threads", nothing, 1, 1025}, {"odd_clusters", nothing, 3, 32, false, 2},
     {"too_much_shared", nothing, 1, 32, false, 1, 300000}, {"cooperative_too_large", nothing, 1000, 1024, true},
     NF_CASE(many_readers_one_writer, 2, 64), NF_CASE(predicated_lanes, 1, 32), NF_CASE(alternating_grid_barriers, 4, 32, true),
-    NF_CASE(arrivals_at_two_levels, 8, 64), NF_CASE(partial_warp, 1, 50),
+    NF_CASE(arrivals_at_two_levels, 8, 64), NF_CASE(votes, 2, 64), NF_CASE(partial_warp, 1, 50),
 };
 
 }  // namespace
 
+alignas(128) static float memory[2 * elements];
+
+// y of the last run
+extern "C" const float* misuse_result() { return memory + elements; }
+
 // The launch's status, or -100 for an unknown name
 extern "C" int run_misuse(const char* name) {
-    alignas(128) static float memory[2 * elements], in_place[32], elsewhere[32];
+    alignas(128) static float in_place[32], elsewhere[32];
     alignas(128) static uint32_t words[16];
     std::memset(memory, 0, sizeof memory);
     std::memset(words, 0, sizeof words);

@@ -1,6 +1,7 @@
 // Kernels that are right: without any of their barriers and waits they would not be. And kernels that ask for memory in known patterns.
 #include "../../csrc/kernels/device.cuh"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -241,6 +242,24 @@ NF_KERNEL(threads) copy_with_barriers(NF_GRID_CONSTANT Arguments a) {
         sync_block();
     }
 }
+// Rows that grow, between barriers of the warp or the block: lanes come late to the same line
+template <bool whole_block>
+NF_KERNEL(threads) copy_triangle(NF_GRID_CONSTANT Arguments a) {
+    int begin = 0;
+    for (int row = 1; begin < a.count; ++row) {
+        const int at = begin + static_cast<int>(thread_index());
+        if (static_cast<int>(thread_index()) < row && at < a.count) a.y.store(at, a.x.load(at));
+        if (whole_block) sync_block();
+        else sync_warp();
+        begin += row < threads ? row : threads;
+    }
+}
+// The lanes of a warp come to four sectors by turns
+NF_KERNEL(threads) copy_by_turns(NF_GRID_CONSTANT Arguments a) {
+    const int lane = lane_index(), place = lane % 4 * 8 + lane / 4;
+    for (int i = 32 * (block_index() * threads / 32 + warp_index()); i < a.count; i += grid_blocks() * threads)
+        a.y.store(i + place, a.x.load(i + place));
+}
 // Transposition of a tile: stores without conflicts, loads with 32, unless the rows are padded
 template <int row>
 NF_KERNEL(threads) transpose_shared(NF_GRID_CONSTANT Arguments a) {
@@ -277,6 +296,9 @@ const Sample patterns[] = {
     {"copy_by_async", copy_by_async, false, 1},
     {"copy_by_bulk", copy_by_bulk, false, 1},
     {"copy_with_barriers", copy_with_barriers, false, 1},
+    {"copy_triangle_by_block", copy_triangle<true>, false, 1},
+    {"copy_triangle_by_warp", copy_triangle<false>, false, 1},
+    {"copy_by_turns", copy_by_turns, false, 1},
     {"transpose_conflicts", transpose_shared<32>, false, 1},
     {"transpose_padded", transpose_shared<33>, false, 1},
     {"shared_packs", shared_packs, false, 1},
@@ -324,8 +346,9 @@ extern "C" int run_pattern(const char* name, int count) {
     for (int i = 0; i < n; ++i) x[i] = float(i), y[i] = 0;
     for (const Sample& s : patterns) {
         if (std::strcmp(s.name, name) != 0) continue;
-        const bool whole = !std::strncmp(name, "copy_by", 7) || !std::strcmp(name, "copy_strided");
-        const uint32_t grid = whole ? (count + 4 * threads - 1) / (4 * threads) : std::strncmp(name, "copy", 4) ? 1 : 3;
+        const bool whole = !std::strcmp(name, "copy_by_async") || !std::strcmp(name, "copy_by_bulk") || !std::strcmp(name, "copy_strided");
+        const bool one_block = std::strncmp(name, "copy_", 5) || !std::strncmp(name, "copy_t", 6);
+        const uint32_t grid = whole ? (count + 4 * threads - 1) / (4 * threads) : one_block ? 1 : 3;
         const int status = launch(s.kernel, {s.name, grid, threads, 8192, nullptr}, Arguments{x, y, nullptr, nullptr, count});
         if (status || std::strncmp(name, "copy", 4)) return status;
         for (int i = 0; i < n; ++i)
@@ -334,3 +357,31 @@ extern "C" int run_pattern(const char* name, int count) {
     }
     return -100;
 }
+
+// Launches that write the same memory by other threads, one after another
+extern "C" int run_twice() {
+    constexpr int n = 1024;
+    alignas(128) static float x[n], y[n];
+    forget_all();
+    declare("x", x, sizeof x, false);
+    declare("y", y, sizeof y, true);
+    const Arguments arguments{x, y, nullptr, nullptr, n};
+    const int first = launch(copy_scalars, {"first", 2, threads, 0, nullptr}, arguments);
+    return first ? first : launch(copy_packs, {"second", 3, threads, 0, nullptr}, arguments);
+}
+
+#ifdef NF_EMULATION
+// Who ran when: each thread notes block * 1000 + thread, before and after a barrier
+static std::vector<int> trace;
+static void note_order(Arguments) {
+    trace.push_back(static_cast<int>(block_index() * 1000 + thread_index()));
+    sync_block();
+    trace.push_back(static_cast<int>(block_index() * 1000 + thread_index()));
+}
+extern "C" int run_trace(int grid, int block, int cooperative, int* out) {
+    trace.clear();
+    const int status = launch(note_order, {"note_order", uint32_t(grid), uint32_t(block), 0, nullptr, cooperative != 0}, Arguments{});
+    std::copy(trace.begin(), trace.end(), out);
+    return status ? status : static_cast<int>(trace.size()) - 2 * grid * block;
+}
+#endif

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 import re
 import signal
 import subprocess
@@ -41,6 +43,7 @@ EXPECTED = {
     "misaligned_view": r"a shared view at byte 4, no multiple of 8",
     "misaligned_shared_pack": r"store of 4 elements at 6 of a shared view, misaligned",
     "nobody_wrote": r"load of byte 124 of block 0's shared memory, which nobody wrote",
+    "own_read_hides_anothers": r"race: this \w+ of byte 0 of block 0's shared memory is not ordered with the (load|store)",
     "no_sync_warp": r"race|nobody wrote",
     "no_sync_block": r"race|nobody wrote",
     "no_sync_before_reuse": r"race: this \w+ of byte \d+ of block 0's shared memory is not ordered",
@@ -58,6 +61,7 @@ EXPECTED = {
     "late_of_an_earlier_block": r"race: this (load|store) of y\[\d\] is not ordered",
     "remote_before_first_barrier": r"store in block \d's shared memory before the cluster's first barrier",
     "remote_without_last_barrier": r"load in block \d's shared memory, which has exited|block \d exits though no barrier",
+    "remote_unordered": r"race: this store of byte \d+ of block \d's shared memory is not ordered with the store",
     "rank_beyond": r"block 2 of a cluster of 2",
     "cluster_barrier_missed": r"block \d exits while others wait in sync_cluster|sync_cluster, but 1 blocks of the cluster have exited",
     "copy_not_awaited": r"load of byte \d+ of block 0's shared memory, into which the copy at misuses.cpp:\d+ is not awaited",
@@ -75,10 +79,12 @@ EXPECTED = {
 # What only the race check sees for sure
 RACES = {
     "same_element_twice", "other_blocks_element", "nobody_wrote", "no_sync_warp", "no_sync_block", "no_sync_before_reuse",
-    "late_of_an_earlier_block", "in_place_unordered", "copy_not_awaited", "bulk_not_awaited", "bulk_init_without_barrier",
+    "own_read_hides_anothers", "remote_unordered", "late_of_an_earlier_block",
+    "in_place_unordered", "copy_not_awaited", "bulk_not_awaited", "bulk_init_without_barrier",
 }  # fmt: skip
 REFUSED = {"no_threads": 9, "too_many_threads": 9, "odd_clusters": 9, "too_much_shared": 1, "cooperative_too_large": 720}
 RIGHT = [
+    "votes",
     "many_readers_one_writer",
     "in_place_ordered",
     "predicated_lanes",
@@ -127,6 +133,15 @@ def test_right_kernel_is_silent(misuses: Machine, name: str, order: str, races: 
     for seed in range(4):
         status = misuses.mode(order, seed, races, traffic=seed == 3).run("run_misuse", name)
         assert (status, misuses.message) == (0, "")
+
+
+@pytest.mark.parametrize(("name", "thread"), [("nobody_wrote", 31), ("copy_not_awaited", 5), ("bulk_not_awaited", 0)])
+def test_what_is_not_there_yet_is_nan(misuses: Machine, name: str, thread: int) -> None:
+    """Without the race check it is the result that tells."""
+    result = misuses.library.misuse_result
+    result.restype = ctypes.POINTER(ctypes.c_float)
+    assert misuses.mode().run("run_misuse", name) == 0
+    assert math.isnan(result()[thread])
 
 
 def test_launch_after_a_fault_is_unaffected(misuses: Machine) -> None:

@@ -31,6 +31,7 @@ def counted(patterns: Machine, name: str, count: int, order: str = "forward", se
         ("copy_by_async", 4096 // 128, 1),
         ("copy_by_bulk", 16, 1),
         ("copy_with_barriers", 4096 // 32, 1),
+        ("copy_by_turns", 4096 // 32, 1),
     ],
 )
 def test_copy_of_4096(patterns: Machine, name: str, requests: int, ratio: int) -> None:
@@ -53,6 +54,16 @@ def test_partial_vectors(patterns: Machine) -> None:
 def test_partial_warps(patterns: Machine) -> None:
     counted(patterns, "copy_scalars", 70)
     assert patterns.counts("x") == [3, 280, 4 + 4 + 1, 9, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["copy_triangle_by_block", "copy_triangle_by_warp"])
+def test_lanes_that_come_late(patterns: Machine, name: str) -> None:
+    """Rows of 1, 2, ... elements are requests of their own, although lanes visit the line a different number of times."""
+    counted(patterns, name, 300)
+    begins = [row * (row - 1) // 2 for row in range(1, 26)]
+    rows = [range(begin, min(begin + row, 300)) for row, begin in enumerate(begins, 1) if begin < 300]
+    sectors = sum(len({i // 8 for i in row}) for row in rows)
+    assert patterns.counts("x") == [len(rows), 1200, sectors, 38, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("count", [4096, 4000, 1001, 103, 1])
@@ -89,6 +100,12 @@ def test_sectors_are_distinct_over_launches(patterns: Machine) -> None:
     first = report["kernels"][0]
     assert (first["kernel"], first["blocks"], first["threads"], first["cluster"], first["cooperative"]) == ("copy_packs", 3, 64, 1, False)
     assert [kernel["tensors"]["x"]["read_distinct"] for kernel in report["kernels"]] == [512] * 3
+
+
+def test_launches_are_counted_apart(patterns: Machine) -> None:
+    assert patterns.mode(traffic=True).library.run_twice() == 0
+    assert [kernel["tensors"]["x"]["read_requests"] for kernel in patterns.report["kernels"]] == [1024 // 32, 1024 // 128]
+    assert patterns.counts("x")[:4] == [1024 // 32 + 1024 // 128, 2 * 4096, 2 * 128, 128]
 
 
 @pytest.mark.parametrize(

@@ -9,48 +9,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from normfused.activations import ACTIVATIONS
 from normfused.backends.triton.plan import Limits
 from normfused.problem import CHANNEL, POSITION, PRE_NORM, RMS, SAMPLE_GROUP, STANDARD
 
+from ..support import cases
 from .cases import KINDS, LOOPED, SMALL, Case, pairwise
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-FACTORS = {
-    "kind": list(KINDS),
-    "act": [name for name in ACTIVATIONS if name not in ("prelu", "tlu")] + ["prelu", "tlu", "prelu shared", "tlu shared"],
-    "dtype": DTYPES,
-    "layout": ["nchw", "nhwc"],
-    "route": ["single_pass", "two_pass"],
-    "residual": [None, "pre_act", "post_act"],
-    "shape": [(2, 6, 5, 3), (3, 6, 7), (1, 6, 2, 2, 9), (5, 6), (3, 6, 1, 1)],
-    "parameters": ["both", "none", "bias", "half"],
-}
-
-
-def _allowed(row: dict[str, Any]) -> bool:
-    kind, flat = row["kind"], row["shape"] in ((5, 6), (3, 6, 1, 1))
-    if "pre-norm" in kind and row["residual"] is not None:
-        return False
-    if row["layout"] == "nhwc" and row["shape"] == (5, 6):
-        return False
-    # instance norm of single elements is refused by the norms
-    return not (flat and kind.startswith("instance"))
-
-
-ROWS = pairwise(FACTORS, _allowed)
+FACTORS = {"kind": list(KINDS), **cases.FACTORS, "shape": [(2, 6, 5, 3), (3, 6, 7), (1, 6, 2, 2, 9), (5, 6), (3, 6, 1, 1)]}
+ROWS = pairwise(FACTORS, cases.allowed)
 
 
 def _case(row: dict[str, Any], device: torch.device, **more: Any) -> Case:
-    act = row["act"].split()[0]
-    options = {"residual": row["residual"], **KINDS[row["kind"]]}
-    looped = row["route"] == "two_pass" and options["scope"] == POSITION
-    return Case(
-        shape=row["shape"], layout=row["layout"], dtype=row["dtype"], route=row["route"], act=act, device=device,
-        limits=LOOPED if looped else SMALL, shared_act_weight="shared" in row["act"],
-        weight=row["parameters"] in ("both", "half"), bias=row["parameters"] != "none", half_parameters=row["parameters"] == "half",
-        **{**options, **more},
-    )  # fmt: skip
+    options = {**cases.options(row), "device": device, **more}
+    looped = options["route"] == "two_pass" and options["scope"] == POSITION
+    return Case(**options, limits=LOOPED if looped else SMALL)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: "-".join(str(v).replace("torch.", "") for v in r.values()))

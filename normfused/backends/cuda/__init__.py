@@ -98,7 +98,9 @@ def norm_act_backward(
         dy, dh, x, residual, mask, weight, bias, act_weight, eps_weight, mean, rstd,
         _load.pack_code(p), p.groups, p.eps, act.p0, act.p1, _load.pack_needs(need_dx, need_dresidual and own, need_parameters),
     )  # fmt: skip
-    return (dx if need_dx else None, _residual_gradient(p, dy, dresidual, need_dresidual), *parameters)
+    of = (weight, bias, act_weight, eps_weight)
+    gradients = (g if need_parameters and t is not None else None for g, t in zip(parameters, of, strict=True))
+    return (dx if need_dx else None, _residual_gradient(p, dy, dresidual, need_dresidual), *gradients)
 
 
 def _sources(p: Problem, z_source: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
