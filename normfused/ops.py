@@ -468,7 +468,8 @@ def _differentiable_backward(
         dresidual = dy
     upstream, epilogue_mode = dy.to(wide), residual_mode
     if residual_mode == PRE_ACT and source != "residual":
-        if source == "y":  # an output, so its own history carries the second derivative
+        assert z_source is not None or source is None
+        if z_source is not None and source == "y":  # an output, so its own history carries the second derivative
             upstream = grad_activate_from_y(upstream, z_source, act)
         elif source == "mask":  # the slope of a straight piece; it has no derivative of its own
             with torch.no_grad():
@@ -741,7 +742,7 @@ def _differentiable_slice_backward(
     if residual_mode == POST_ACT:
         dresidual = dy
     elif residual_mode == PRE_ACT and source in (None, "y"):
-        dresidual = upstream = dy if source is None else grad_activate_from_y(dy, z_source, act)
+        dresidual = upstream = dy if z_source is None else grad_activate_from_y(dy, z_source, act)
         act = Activation("identity")
     elif residual_mode == PRE_ACT:
         mode = PRE_ACT

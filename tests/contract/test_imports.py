@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
+
+import pytest
 
 import normfused
 
@@ -13,7 +16,8 @@ ALLOWED = {
     "norms": {"activations", "checks", "dispatch", "norms", "ops", "problem"},
     "ops": {"activations", "backends", "dispatch", "problem"},
     "dispatch": {"backends"},
-    "backends": {"activations", "backends", "problem"},
+    "backends": {"_build", "activations", "backends", "problem"},
+    "_build": set(),
     "problem": {"activations"},
     "checks": set(),
     "activations": set(),
@@ -47,6 +51,24 @@ def test_imports_point_one_way():
             extra = imported_parts(path) - ALLOWED[part]
             assert not extra, f"{path.relative_to(ROOT)} imports {sorted(extra)}; {part} may import {sorted(ALLOWED[part])}"
     assert seen == set(ALLOWED)
+
+
+def test_kernels_know_no_framework():
+    """csrc/kernels is free of torch and Python, and only device.cuh speaks to the machine."""
+    kernels = ROOT.parent / "csrc" / "kernels"
+    if not kernels.is_dir():
+        pytest.skip("an installed package keeps its sources elsewhere")
+    files = [p for p in kernels.rglob("*") if p.suffix in (".cuh", ".cu", ".h")]
+    assert len(files) > 15
+    for path in files:
+        text = path.read_text()
+        included = set(re.findall(r'#include [<"]([^">]+)', text))
+        assert not {i for i in included if i.startswith(("torch", "ATen", "c10", "Python", "pybind"))}, path.name
+        if path.name == "device.cuh":
+            continue
+        code = re.sub(r"//[^\n]*", "", text)
+        words = r"\basm\b|__CUDA_ARCH__|__shared__|cooperative_groups|<<<|threadIdx|blockIdx|__sync|__shfl|atomic[A-Z]|#if|#ifdef"
+        assert not re.search(words, code), f"{path.name}: {re.search(words, code)}"
 
 
 def test_a_wrong_import_would_be_seen(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from normfused.problem import CHANNEL, NHWC, POSITION, PRE_NORM, RMS, SAMPLE_GRO
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 PARAMETER_TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 
+
 @dataclass
 class Case:
     scope: str
