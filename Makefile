@@ -17,7 +17,7 @@ endif
 PY := $(ENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env triton demo test test-quick test-triton bench bench-quick ratios resources lint format doctor build emulation wheel clean
+.PHONY: help env triton demo test test-quick test-triton bench bench-quick ratios resources gpu lint format doctor build emulation wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -68,9 +68,14 @@ ratios: env ## time against the torch.nn chain, interleaved, on this CPU
 	$(call install,bench)
 	$(PY) -m bench.cpu_ratio
 
-resources: env triton ## registers, spills and shared memory of every Triton kernel on sm_80 and sm_90, no GPU needed
+resources: env triton ## registers, spills and machine code of every Triton and CUDA kernel (nvcc), no GPU needed
 	$(call install,test)
 	NORMFUSED_WRITE_RESOURCES=1 $(PY) -m pytest tests/triton/test_compile.py
+	$(PY) -m bench.cuda_resources
+
+# With the Python that is there: such a machine may have no network. The results' folder is $$OUT, else bench/results/<its GPU>
+gpu: ## build, tests, sanitizer, benchmarks and ncu on this machine's GPU (STAGES="build test"; DRY=1 shows the commands)
+	$(PYTHON) -m bench.gpu $(STAGES) $(if $(DRY),--dry)
 
 build: env ## compile the CUDA kernels in place for this machine's GPUs (ARCH="8.0 9.0" for others)
 	$(call install,build)

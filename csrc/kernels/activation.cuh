@@ -1,17 +1,19 @@
-// act(z), its derivative, and the gradient of its own parameter, for the lanes of a vector.
+// act(z), its derivative, and the gradient of its own parameter, for a few lanes of a vector at a time.
 //
-// identity, relu and silu are compiled into the kernels; every other activation shares one instantiation, which switches once per
-// vector on a number that is the same for the whole launch: some 8 instructions per 16 bytes.
+// identity, relu (with leaky_relu) and silu are compiled into the kernels; every other activation shares one instantiation, which
+// switches on a number that is the same for the whole launch: some 8 instructions each time.
 // Comparisons are written so that NaN passes through; relu'(0) = 0; a tie z = tau of tlu counts as z.
 // Two-slope activations (problem.h) have the derivative ``high`` where bit(z), else ``low``; the bit is what a mask keeps.
 #pragma once
 
-#include "device.cuh"
-#include "problem.h"
+#include "pack.cuh"
 
 namespace normfused {
 
 constexpr int any_act = -1;  // else the number of an Act
+
+// Lanes that are worked on together: of 2-byte types a part of a vector, for the sake of registers
+template <class T, int kAct> constexpr int part_size = sizeof(T) > 2 ? vector_size<T> : kAct == any_act ? 2 : 4;
 
 template <class A> NF_DEVICE A sigmoid(A z) {  // of -|z|, so that exp cannot overflow and neither tail cancels
     const A e = exp_(-abs_(z));
@@ -27,30 +29,30 @@ template <class A> NF_DEVICE A tanh_softplus(A z, A& rest) {
     return n * inverse;
 }
 
-template <int kAct, class A, int V> struct Activation {
+template <int kAct, class A, int V> struct Activation {  // V lanes
     Act act;
     A p0, p1;
 
-    NF_DEVICE Activation(const Problem& p) : act(kAct == any_act ? p.act : Act(kAct)), p0(A(p.p0)), p1(A(p.p1)) {}
+    NF_DEVICE Activation(const Problem& p) : act(kAct == any_act ? p.act : Act(kAct)), p0(p.act == Act::relu ? A(0) : A(p.p0)), p1(A(p.p1)) {}
 
     NF_DEVICE Act which() const { return kAct == any_act ? act : Act(kAct); }
     NF_DEVICE A high() const { return which() == Act::hardsigmoid ? A(1) / A(6) : A(1); }
-    NF_DEVICE A low() const { return which() == Act::leaky_relu ? p0 : A(0); }
+    NF_DEVICE A low() const { return which() == Act::relu || which() == Act::leaky_relu ? p0 : A(0); }
 
     NF_DEVICE bool bit(A z, A weight) const {
         switch (which()) {
-            case Act::relu: return !(z <= A(0));
+            case Act::relu:
+            case Act::leaky_relu: return !(z <= A(0));
             case Act::relu6: return !(z <= A(0) || z >= A(6));
-            case Act::leaky_relu: return z > A(0);
             case Act::hardsigmoid: return !(z <= A(-3) || z >= A(3));
             default: return !(z < weight);  // tlu
         }
     }
-    template <int W> NF_DEVICE uint8_t bits(const A (&z)[V], const A (&weight)[W]) const {
+    template <int W> NF_DEVICE unsigned bits(const A (&z)[V], const A (&weight)[W]) const {
         unsigned found = 0;
         NF_UNROLL
         for (int j = 0; j < V; ++j) found |= unsigned(bit(z[j], weight[W == 1 ? 0 : j])) << j;
-        return uint8_t(found);
+        return found;
     }
 
     template <int W, class F> static NF_DEVICE void each(A (&z)[V], const A (&weight)[W], F f) {
@@ -63,9 +65,9 @@ template <int kAct, class A, int V> struct Activation {
         const A a = p0, b = p1;
         switch (which()) {
             case Act::identity: return;
-            case Act::relu: return each(z, weight, [](A v, A) { return v < A(0) ? A(0) : v; });
+            case Act::relu:
+            case Act::leaky_relu: return each(z, weight, [=](A v, A) { return v < A(0) ? (a == A(0) ? A(0) : v * a) : v; });
             case Act::relu6: return each(z, weight, [](A v, A) { return v < A(0) ? A(0) : v > A(6) ? A(6) : v; });
-            case Act::leaky_relu: return each(z, weight, [=](A v, A) { return v > A(0) ? v : v * a; });
             case Act::prelu: return each(z, weight, [](A v, A w) { return v > A(0) ? v : v * w; });
             case Act::elu: return each(z, weight, [=](A v, A) { return v > A(0) ? v : a * expm1_(v); });
             case Act::silu: return each(z, weight, [](A v, A) { return v * sigmoid(v); });
@@ -134,7 +136,7 @@ template <int kAct, class A, int V> struct Activation {
     }
 
     // The same from the bits of a two-slope activation
-    NF_DEVICE void from_bits(A (&dz)[V], uint8_t bits, A (&dweight)[V]) const {
+    NF_DEVICE void from_bits(A (&dz)[V], unsigned bits, A (&dweight)[V]) const {
         const A up = high(), down = low();
         NF_UNROLL
         for (int j = 0; j < V; ++j) {

@@ -28,34 +28,44 @@ template <class T, bool kWide, bool kRows> struct Coefficients {
     NF_DEVICE A scale(int j) const { return kJoined ? rstd[kWide ? 0 : j] : rstd[kWide ? 0 : j] * weight[kRows ? 0 : j]; }
     NF_DEVICE A centred(A x, int j) const { return x - mean[kWide ? 0 : j]; }
 
-    // The statistics are those of another set
-    NF_DEVICE void renew() {
-        if constexpr (kJoined) at = -1;
-        if constexpr (kWide && kRows) set_rstd = rstd[0];
+    template <int W> NF_DEVICE void act_weights(int part, A (&to)[W]) const {
+        NF_UNROLL
+        for (int j = 0; j < W; ++j) to[j] = act_weight[W == 1 && kRows ? 0 : part + j];
+    }
+
+    // The statistics are those of another set. Narrow sets along columns: every thread keeps its columns, and gets their parameters here.
+    NF_DEVICE void renew(const Call& call, const Slab<T, kWide>& slab) {
+        if (call.tensors.scale) return;
+        if constexpr (kWide && kRows) {
+            set_rstd = rstd[0];
+            at = -1;
+        } else if constexpr (kJoined) {
+            A w[V];
+            const int first = slab.column0 + slab.column(0), last = slab.live ? min_(slab.columns - slab.column(0), V) : 0;
+            load_channels(call.tensors.weight, first, 0, last, A(1), w);
+            load_channels(call.tensors.bias, first, 0, last, A(0), shift);
+            load_channels(call.tensors.act_weight, first, 0, last, A(0), act_weight);
+            NF_UNROLL
+            for (int j = 0; j < V; ++j) rstd[j] *= w[j];
+        }
     }
 
     // Parameters of the channels of this vector, if it is not of the same as the one before
     template <bool kWideSlab> NF_DEVICE void turn_to(const Call& call, const Slab<T, kWideSlab>& slab, const Spot& spot) {
-        const int key = kRows ? int(slab.row_channel(call.walk, spot.row)) : slab.column0 + spot.column;
-        if (key == at || spot.empty()) return;
-        at = key;
-        const Arguments& t = call.tensors;
-        if constexpr (kRows) {
-            act_weight[0] = load_parameter(t.act_weight, key, A(0));
-            if (t.scale) return;
-            weight[0] = load_parameter(t.weight, key, A(1));
-            if constexpr (kWide) rstd[0] = set_rstd * weight[0];
-            shift[0] = load_parameter(t.bias, key, A(0));
-        } else {
-            load_channels(t.act_weight, key, spot.first, spot.last, A(0), act_weight);
-            if (t.scale) return;
-            load_channels(t.bias, key, spot.first, spot.last, A(0), shift);
-            if constexpr (kJoined) {
-                A w[V];
-                load_channels(t.weight, key, spot.first, spot.last, A(1), w);
-                NF_UNROLL
-                for (int j = 0; j < V; ++j) rstd[j] *= w[j];
+        if constexpr (kWide || kRows) {
+            const int key = kRows ? int(slab.row_channel(call.walk, spot.row)) : slab.column0 + spot.column;
+            if (key == at || spot.empty()) return;
+            at = key;
+            const Arguments& t = call.tensors;
+            if constexpr (kRows) {
+                act_weight[0] = load_parameter(t.act_weight, key, A(0));
+                if (t.scale) return;
+                weight[0] = load_parameter(t.weight, key, A(1));
+                if constexpr (kWide) rstd[0] = set_rstd * weight[0];
+                shift[0] = load_parameter(t.bias, key, A(0));
             } else {
+                load_channels(t.act_weight, key, spot.first, spot.last, A(0), act_weight);
+                load_channels(t.bias, key, spot.first, spot.last, A(0), shift);
                 load_channels(t.weight, key, spot.first, spot.last, A(1), weight);
             }
         }
@@ -74,26 +84,41 @@ template <class T, bool kWide, bool kRows> struct Coefficients {
                 rstd[j] = there ? scales.load_coherent(set) : A(0);
                 shift[j] = there ? fma_(rstd[j], mean[j], shifts.load_coherent(set)) : A(0);
             }
+            if constexpr (!kRows) load_channels(t.act_weight, slab.column0 + slab.column(0), 0, min_(slab.columns - slab.column(0), V), A(0), act_weight);
         }
     }
 };
 
-// Statistics of sets into the lanes; lanes beyond the tensor get harmless ones
+// Moments that the threads hold, or (``gather``) that an earlier launch left, -> statistics of the sets, stored once and for every lane.
+// Lanes beyond the tensor get zeros.
 template <class T, bool kWide, bool kRows>
-NF_DEVICE void finish_sets(const Call& call, const Slab<T, kWide>& slab, const Moments<AccumulatorOf<T>> (&m)[sum_lanes<T, kWide>],
-                           bool first_chunk, int64_t batches_before, Coefficients<T, kWide, kRows>& c) {
+NF_DEVICE void finish_sets(const Call& call, const Slab<T, kWide>& slab, const Moments<AccumulatorOf<T>> (&m)[sum_lanes<T, kWide>], bool gather,
+                           int64_t batches_before, Coefficients<T, kWide, kRows>& c) {
     using A = AccumulatorOf<T>;
-    NF_UNROLL
-    for (int j = 0; j < sum_lanes<T, kWide>; ++j) {
-        // one thread of those that know the set stores it: that of its first column
-        const bool first_column = kWide || call.walk.width == 1 || (slab.column0 + slab.column(j)) % int(call.walk.width) == 0;
-        c.mean[j] = c.rstd[j] = A(0);
-        if (!slab.has(j)) continue;
-        const Statistics<A> s = finish_set(call, slab.set(call.walk, j), m[j], first_chunk && first_column && slab.speaks(), batches_before);
-        c.mean[j] = s.mean;
-        c.rstd[j] = s.rstd;
+    const bool stores = slab.chunk == 0;  // of all slabs that know the set
+    if constexpr (kWide) {
+        const Moments<A> sum = over_wide_set(call, slab, gather ? gather_partials<T, Moments<A>>(call, slab) : m[0]);
+        c.mean[0] = c.rstd[0] = A(0);
+        if (slab.live) {
+            const Statistics<A> s = finish_set(call, slab.outer, sum, stores && slab.speaks(), batches_before);
+            c.mean[0] = s.mean;
+            c.rstd[0] = s.rstd;
+        }
+    } else {
+        const auto on_column = [](int, const Moments<A>&) {};
+        const auto on_set = [&](int set, const Moments<A>& sum) {
+            const Statistics<A> s = finish_set(call, slab.first_set(call.walk) + set, sum, stores, batches_before);
+            return Pair<A>{s.mean, s.rstd};
+        };
+        if (gather) {
+            over_narrow_sets<T, Moments<A>>(call, slab, int(call.partials), partial_reader<T, Moments<A>>(call, slab), on_column, on_set, c.mean, c.rstd);
+        } else {
+            lay_out(call, slab, m);
+            const Table<A, Moments<A>> table(call.scratch_offset, slab.teams, slab.team * vector_size<T>);
+            over_narrow_sets<T, Moments<A>>(call, slab, slab.teams, [&](int row, int column) { return table.get(row, column); }, on_column, on_set,
+                                            c.mean, c.rstd);
+        }
     }
-    c.renew();
 }
 
 // Statistics that an earlier launch saved, for the lanes of this thread
@@ -110,48 +135,52 @@ NF_DEVICE void saved_statistics(const Call& call, const Slab<T, kWide>& slab, Co
         c.mean[j] = there && means ? means.load_coherent(set) : A(0);
         c.rstd[j] = there ? rstds.load_coherent(set) : A(0);
     }
-    c.renew();
 }
 
 template <class T, bool kWide, bool kRows, int kAct>
 NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const typename Slab<T, kWide>::Cursor& cursor, const Spot& spot,
-                            const Activation<kAct, AccumulatorOf<T>, vector_size<T>>& act, Coefficients<T, kWide, kRows>& c,
-                            const Vector<T>& x, const Vector<T>& residual) {
+                            Coefficients<T, kWide, kRows>& c, const Vector<T>& x, const Vector<T>& residual) {
     using A = AccumulatorOf<T>;
-    constexpr int V = vector_size<T>;
+    constexpr int V = vector_size<T>, P = part_size<T, kAct>;
     const Arguments& t = call.tensors;
+    const Activation<kAct, A, P> act(call.problem);
+    const ResidualMode mode = call.problem.residual_mode;
     if (spot.empty()) return;
     c.turn_to(call, slab, spot);
-    A z[V], r[V];
-    unpack<T>(x, z);
-    unpack<T>(residual, r);
-    const A pre = call.problem.residual_mode == ResidualMode::pre_act ? A(1) : A(0);
+    Vector<T> y;
+    unsigned bits = 0;
     NF_UNROLL
-    for (int j = 0; j < V; ++j) z[j] = fma_(c.scale(j), c.centred(z[j], j), c.shift[kRows ? 0 : j]);
-    if (pre != A(0)) {
+    for (int part = 0; part < V; part += P) {
+        A z[P], weight[kRows ? 1 : P];
+        c.act_weights(part, weight);
         NF_UNROLL
-        for (int j = 0; j < V; ++j) z[j] += r[j];
-        if (t.mask) Global<uint8_t>(t.mask).store(slab.mask_at(call.walk, cursor), act.bits(z, c.act_weight));
+        for (int j = 0; j < P; ++j) z[j] = fma_(c.scale(part + j), c.centred(widen(x.data[part + j]), part + j), c.shift[kRows ? 0 : part + j]);
+        if (mode == ResidualMode::pre_act) {
+            NF_UNROLL
+            for (int j = 0; j < P; ++j) z[j] += widen(residual.data[part + j]);
+            if (t.mask) bits |= act.bits(z, weight) << part;
+        }
+        act.forward(z, weight);
+        if (mode == ResidualMode::post_act) {
+            NF_UNROLL
+            for (int j = 0; j < P; ++j) z[j] += widen(residual.data[part + j]);
+        }
+        pack_part<T>(z, part, y);
     }
-    act.forward(z, c.act_weight);
-    if (call.problem.residual_mode == ResidualMode::post_act) {
-        NF_UNROLL
-        for (int j = 0; j < V; ++j) z[j] += r[j];
-    }
-    slab.store(t.y, spot, pack<T>(z));
+    if (t.mask) Global<uint8_t>(t.mask).store(slab.mask_at(call.walk, cursor), uint8_t(bits));
+    slab.store(t.y, spot, y);
 }
 
 // The second pass over a slab, backwards. ``held``: the first pass was in this kernel and left the last batch in registers.
 template <class T, bool kWide, bool kRows, int kAct, int K>
 NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab, bool held, Vector<T> (&batch)[K], Coefficients<T, kWide, kRows>& c) {
-    using A = AccumulatorOf<T>;
     const Arguments& t = call.tensors;
-    const Activation<kAct, A, vector_size<T>> act(call.problem);
     const ResidualMode mode = call.problem.residual_mode;
     const bool adds = mode == ResidualMode::pre_act || mode == ResidualMode::post_act;
     const void* source = mode == ResidualMode::pre_norm ? t.h : t.x;
     const int batches = (slab.steps + K - 1) / K;
     auto cursor = slab.after(batches * K);
+    NF_NO_UNROLL
     for (int b = batches - 1; b >= 0; --b) {
         typename Slab<T, kWide>::Cursor cursors[K];
         Spot spots[K];
@@ -161,18 +190,18 @@ NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab, bool hel
             cursors[k] = cursor;
             spots[k] = slab.spot(cursor);
         }
-        recall<T, kWide, K>(call, slab, b, held ? batches : batches + 1, spots, source, mode == ResidualMode::pre_norm, 0, batch);
+        recall<T, kWide, K>(call, slab, b, held ? batches : batches + 1, spots, source, kWide != kRows && mode == ResidualMode::pre_norm, 0, batch);
         Vector<T> residual[K] = {};
         if (adds) {
             NF_UNROLL
             for (int k = 0; k < K; ++k) residual[k] = slab.load(t.residual, spots[k]);
         }
         NF_UNROLL
-        for (int k = K - 1; k >= 0; --k) apply_vector<T, kWide, kRows, kAct>(call, slab, cursors[k], spots[k], act, c, batch[k], residual[k]);
+        for (int k = K - 1; k >= 0; --k) apply_vector<T, kWide, kRows, kAct>(call, slab, cursors[k], spots[k], c, batch[k], residual[k]);
     }
 }
 
-template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) apply_kernel(NF_GRID_CONSTANT Call call) {
+template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>) apply_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     constexpr int kLanes = sum_lanes<T, kWide>;
     const Slab<T, kWide> slab(call.walk, block_index());
@@ -181,11 +210,8 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) appl
     if (t.scale || call.settled) {
         saved_statistics<T, kWide, kRows>(call, slab, c);
     } else if (call.problem.batch_statistics) {
-        Moments<A> m[kLanes];
-        gather_partials<T, kWide>(call, slab, m);
-        over_sets<T, kWide>(call, slab, m);
-        // moments_kernel has counted this batch already
-        finish_sets<T, kWide, kRows>(call, slab, m, slab.chunk == 0, counted_batches(call) - 1, c);
+        const Moments<A> none[kLanes];
+        finish_sets<T, kWide, kRows>(call, slab, none, true, counted_batches(call) - 1, c);  // moments_kernel has counted this batch
     } else {  // running statistics, per channel; their copies are for the backward, which must not see later updates
         NF_UNROLL
         for (int j = 0; j < kLanes; ++j) {
@@ -198,8 +224,8 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) appl
                 Global<A>(t.rstd).store(channel, c.rstd[j]);
             }
         }
-        c.renew();
     }
+    c.renew(call, slab);
     Vector<T> batch[forward_batch];
     apply_slab<T, kWide, kRows, kAct, forward_batch>(call, slab, false, batch, c);
 }

@@ -8,7 +8,8 @@
 namespace normfused {
 
 constexpr int forward_batch = 2, moments_batch = 4, gradient_batch = 1;  // vectors that a thread holds at a time
-constexpr int max_threads = 512;                                         // so that a thread may have 128 registers
+// Threads that a block may have: 128 registers each, and 168 where every lane has sums and coefficients of its own (narrow sets)
+template <bool kWide> constexpr int threads_of = kWide ? 512 : 384;
 
 struct Call {
     Problem problem;
@@ -16,6 +17,7 @@ struct Call {
     Arguments tensors;
     Needs needs;
     int64_t count;        // elements of a set
+    double per_element;   // 1/count
     int scratch_offset;   // of the shared memory: the reductions' part, behind the slab
     int columns_offset;   // narrow sets of several columns: sums per column and per set
     int sums_offset;      // position sets' gradients: sums per channel that a block keeps over its slabs; -1: it does not

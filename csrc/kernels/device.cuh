@@ -724,6 +724,13 @@ NF_HOST_DEVICE float tanh_(float x) { return ::tanhf(x); }
 NF_HOST_DEVICE double tanh_(double x) { return ::tanh(x); }
 NF_HOST_DEVICE float sqrt_(float x) { return ::sqrtf(x); }
 NF_HOST_DEVICE double sqrt_(double x) { return ::sqrt(x); }
+// 1/sqrt(x): the fast one and a Newton step, within a unit in the last place; NaN for 0
+NF_HOST_DEVICE float reciprocal_sqrt_(float x) {
+    NF_ON_DEVICE(float r = rsqrtf(x);)
+    NF_EMULATED(float r = 1.0f / ::sqrtf(x);)
+    return r * ::fmaf(-0.5f * x * r, r, 1.5f);
+}
+NF_HOST_DEVICE double reciprocal_sqrt_(double x) { return 1.0 / ::sqrt(x); }
 NF_HOST_DEVICE float abs_(float x) { return ::fabsf(x); }
 NF_HOST_DEVICE double abs_(double x) { return ::fabs(x); }
 NF_HOST_DEVICE float min_(float a, float b) { return ::fminf(a, b); }

@@ -16,22 +16,23 @@ template <class T, bool kWide> struct GradientCoefficients {
     A q[kLanes] = {}, r[kLanes] = {};
 };
 
-// The sums of the slab's sets that grad_moments_kernel left: of rows' channels already weighted, else per channel
-template <class T, bool kWide, bool kRows, int kSums>
-NF_DEVICE void gather_gradients(const Call& call, const Slab<T, kWide>& slab, Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>]) {
+// The sums of the slab's set that grad_moments_kernel left per row: of its channels, which the weights join here
+template <class T, int kSums> NF_DEVICE Sums<AccumulatorOf<T>, kSums> gather_rows(const Call& call, const Slab<T, true>& slab) {
     using A = AccumulatorOf<T>;
-    if (!kWide || call.walk.one_channel) return gather_partials<T, kWide>(call, slab, sets);
+    Sums<A, kSums> sums;
     const Global<A> dz(call.channel_sums[sum_dz]), dz_xc(call.channel_sums[sum_dz_xc]);
-    const int64_t n = quotient(slab.outer, call.walk.period), vector_chunks = call.partials, rows = call.walk.rows;
-    if (!slab.live || slab.row_lane >= slab.teams) return;
-    const int64_t threads = slab.team * slab.teams;
-    for (int64_t i = slab.row_lane * slab.team + slab.lane; i < rows * vector_chunks; i += threads) {
-        const int64_t chunk = quotient(i, rows), channel = slab.channel0 + i - chunk * rows;
+    const int64_t n = quotient(slab.outer, call.walk.period);
+    const int rows = int(call.walk.rows), all = rows * int(call.partials);
+    if (!slab.live || slab.row_lane >= slab.teams) return sums;
+    NF_NO_UNROLL
+    for (int i = slab.row_lane * slab.team + slab.lane; i < all; i += slab.team * slab.teams) {
+        const int chunk = i / rows, channel = slab.channel0 + i - chunk * rows;
         const int64_t at = (chunk * call.problem.N + n) * call.problem.C + channel;
         const A weight = load_parameter(call.tensors.weight, channel, A(1));
-        sets[0].of[sum_dz] = fma_(weight, dz.load_coherent(at), sets[0].of[sum_dz]);
-        sets[0].of[sum_dz_xc] = fma_(weight, dz_xc.load_coherent(at), sets[0].of[sum_dz_xc]);
+        sums.of[sum_dz] = fma_(weight, dz.load_coherent(at), sums.of[sum_dz]);
+        sums.of[sum_dz_xc] = fma_(weight, dz_xc.load_coherent(at), sums.of[sum_dz_xc]);
     }
+    return sums;
 }
 
 // Gradients of the parameters of one channel of one set, from sums that no weight has joined yet
@@ -46,85 +47,109 @@ template <class A, int kSums> NF_DEVICE void finish_channel(const Call& call, in
     else store_parameter(t.dact_weight, channel, sums.of[sum_act]);
 }
 
-// Sums of threads -> q and r of every lane's set; on the way, the gradients per channel where a thread's sums are a channel's
-template <class T, bool kWide, bool kRows, int kSums>
-NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, bool first_chunk, Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>], GradientCoefficients<T, kWide>& g) {
+// A channel's gradients, if the sums are a channel's; then the weight joins them
+template <class T, bool kWide, int kSums>
+NF_DEVICE void join_weight(const Call& call, const Slab<T, kWide>& slab, int64_t set, int64_t channel, bool stores, Sums<AccumulatorOf<T>, kSums>& sums) {
     using A = AccumulatorOf<T>;
-    constexpr int V = vector_size<T>, kLanes = sum_lanes<T, kWide>;
-    over_sets<T, kWide>(call, slab, sets, false);
-    const bool channel_is_known = kWide ? kRows && call.walk.one_channel : !kRows;
-    if (channel_is_known) {
-        const bool writer = first_chunk && slab.speaks();
-        const int64_t n = quotient(slab.outer, call.walk.period);
-        NF_UNROLL
-        for (int j = 0; j < kLanes; ++j) {
-            if (!slab.has(j)) continue;
-            const int64_t channel = kWide ? slab.channel0 : slab.column0 + slab.column(j);
-            if (writer) finish_channel(call, n, channel, sets[j], Global<A>(call.tensors.rstd).load_coherent(slab.set(call.walk, j)));
-            const A weight = load_parameter(call.tensors.weight, channel, A(1));
-            sets[j].of[sum_dz] *= weight;
-            sets[j].of[sum_dz_xc] *= weight;
+    if (stores) finish_channel(call, quotient(slab.outer, call.walk.period), channel, sums, Global<A>(call.tensors.rstd).load_coherent(set));
+    const A weight = load_parameter(call.tensors.weight, channel, A(1));
+    sums.of[sum_dz] *= weight;
+    sums.of[sum_dz_xc] *= weight;
+}
+
+template <class A, int kSums> NF_DEVICE Pair<A> finish_gradient(const Call& call, int64_t set, const Sums<A, kSums>& sums) {
+    if (!call.problem.batch_statistics) return {A(0), A(0)};
+    const A rstd = Global<A>(call.tensors.rstd).load_coherent(set), per_element = A(call.per_element);
+    const Vjp<A> vjp = call.problem.centred ? standard::vjp(rstd, sums.of[sum_dz], sums.of[sum_dz_xc], per_element)
+                       : call.count == 1    ? rms::vjp_of_one(rstd, eps_of<A>(call, set))
+                                            : rms::vjp(rstd, sums.of[sum_dz_xc], per_element);
+    return {vjp.q, vjp.r};
+}
+
+// Sums that the threads hold, or (``gather``) that an earlier launch left, -> q and r of every lane's set; on the way, the gradients per
+// channel where sums are a channel's
+template <class T, bool kWide, bool kRows, int kSums>
+NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>], bool gather,
+                                GradientCoefficients<T, kWide>& g) {
+    using A = AccumulatorOf<T>;
+    using Value = Sums<A, kSums>;
+    const bool stores = slab.chunk == 0;
+    if constexpr (kWide) {
+        const bool of_channel = kRows && call.walk.one_channel;
+        Value sums = over_wide_set(call, slab, !gather ? sets[0] : of_channel ? gather_partials<T, Value>(call, slab) : gather_rows<T, kSums>(call, slab));
+        if (!slab.live) return;
+        if (of_channel) join_weight(call, slab, slab.outer, slab.channel0, stores && slab.speaks(), sums);
+        const Pair<A> pair = finish_gradient(call, slab.outer, sums);
+        g.q[0] = pair.first;
+        g.r[0] = pair.second;
+    } else {
+        const auto on_column = [&](int column, Value& sums) {
+            if constexpr (!kRows) {
+                const int64_t channel = slab.column0 + column;
+                join_weight(call, slab, slab.outer * call.walk.sets_per_outer + quotient(channel, call.walk.width), channel, stores, sums);
+            }
+        };
+        const auto on_set = [&](int set, const Value& sums) { return finish_gradient(call, slab.first_set(call.walk) + set, sums); };
+        if (gather) {
+            over_narrow_sets<T, Value>(call, slab, int(call.partials), partial_reader<T, Value>(call, slab), on_column, on_set, g.q, g.r);
+        } else {
+            lay_out(call, slab, sets);
+            const Table<A, Value> table(call.scratch_offset, slab.teams, slab.team * vector_size<T>);
+            over_narrow_sets<T, Value>(call, slab, slab.teams, [&](int row, int column) { return table.get(row, column); }, on_column, on_set, g.q, g.r);
         }
-    }
-    if constexpr (!kWide) over_columns<A, V>(sets, int(call.walk.width), slab.columns, slab.lane, slab.row_lane == 0, call.columns_offset);
-    if (!call.problem.batch_statistics) return;
-    const A count = A(call.count);
-    NF_UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-        if (!slab.has(j)) continue;
-        const int64_t set = slab.set(call.walk, j);
-        const A rstd = Global<A>(call.tensors.rstd).load_coherent(set);
-        const Vjp<A> vjp = call.problem.centred ? standard::vjp(rstd, sets[j].of[sum_dz], sets[j].of[sum_dz_xc], count)
-                           : call.count == 1    ? rms::vjp_of_one(rstd, eps_of<A>(call, set))
-                                                : rms::vjp(rstd, sets[j].of[sum_dz_xc], count);
-        g.q[j] = vjp.q;
-        g.r[j] = vjp.r;
     }
 }
 
-template <class T, bool kWide, bool kRows>
-NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, const Spot& spot, const Coefficients<T, kWide, kRows>& c,
-                                 const GradientCoefficients<T, kWide>& g, GradientLanes<AccumulatorOf<T>, vector_size<T>>& lanes, const Vector<T>& dh) {
+template <class T, bool kWide, bool kRows, int kAct, int K>
+NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, const Spot& spot, Coefficients<T, kWide, kRows>& c,
+                                 const GradientCoefficients<T, kWide>& g, const GradientBatch<T, K>& batch, int k, const Vector<T>& dh) {
     using A = AccumulatorOf<T>;
-    constexpr int V = vector_size<T>;
+    constexpr int V = vector_size<T>, P = part_size<T, kAct>;
     const Arguments& t = call.tensors;
     if (spot.empty()) return;
-    if (t.dresidual) slab.store(t.dresidual, spot, pack<T>(lanes.dz));
-    if (!t.dx) return;
-    A add[V];
-    unpack<T>(dh, add);
-    if (call.scales_by_q) {
-        NF_UNROLL
-        for (int j = 0; j < V; ++j) lanes.dz[j] *= c.scale(j) * g.q[kWide ? 0 : j];
-    } else if (t.dz_scale) {  // per (n, c), from cache: only rules written in PyTorch have one that is not ``scale``
-        const Global<A> scales(const_cast<void*>(t.dz_scale));
-        NF_UNROLL
-        for (int j = 0; j < V; ++j) {
-            const A scale = slab.has(j) ? scales.load_coherent(slab.set(call.walk, j)) : A(0);
-            lanes.dz[j] = fma_(scale, lanes.dz[j], fma_(g.q[kWide ? 0 : j], lanes.xc[j], g.r[kWide ? 0 : j]));
+    c.turn_to(call, slab, spot);
+    Vector<T> dx, dresidual;
+    NF_UNROLL
+    for (int part = 0; part < V; part += P) {
+        GradientLanes<A, P> lanes;
+        gradient_lanes<T, kWide, kRows, kAct, K>(call, c, batch, k, part, lanes);
+        pack_part<T>(lanes.dz, part, dresidual);
+        const auto q = [&](int j) { return g.q[kWide ? 0 : part + j]; };
+        const auto r = [&](int j) { return g.r[kWide ? 0 : part + j]; };
+        if (call.scales_by_q) {
+            NF_UNROLL
+            for (int j = 0; j < P; ++j) lanes.dz[j] *= c.scale(part + j) * q(j);
+        } else if (t.dz_scale) {  // per (n, c), from cache: only rules written in PyTorch have one that is not ``scale``
+            const Global<A> scales(const_cast<void*>(t.dz_scale));
+            NF_UNROLL
+            for (int j = 0; j < P; ++j) {
+                const A scale = slab.has(part + j) ? scales.load_coherent(slab.set(call.walk, part + j)) : A(0);
+                lanes.dz[j] = fma_(scale, lanes.dz[j], fma_(q(j), lanes.xc[j], r(j)));
+            }
+        } else {
+            NF_UNROLL
+            for (int j = 0; j < P; ++j) lanes.dz[j] = fma_(c.scale(part + j), lanes.dz[j], fma_(q(j), lanes.xc[j], r(j)));
         }
-    } else {
-        NF_UNROLL
-        for (int j = 0; j < V; ++j) lanes.dz[j] = fma_(c.scale(j), lanes.dz[j], fma_(g.q[kWide ? 0 : j], lanes.xc[j], g.r[kWide ? 0 : j]));
+        if constexpr (kWide != kRows) {  // position sets: h = x + residual had a gradient of its own
+            NF_UNROLL
+            for (int j = 0; j < P; ++j) lanes.dz[j] += widen(dh.data[part + j]);
+        }
+        pack_part<T>(lanes.dz, part, dx);
     }
-    if (t.dh) {
-        NF_UNROLL
-        for (int j = 0; j < V; ++j) lanes.dz[j] += add[j];
-    }
-    slab.store(t.dx, spot, pack<T>(lanes.dz));
+    if (t.dresidual) slab.store(t.dresidual, spot, dresidual);
+    if (t.dx) slab.store(t.dx, spot, dx);
 }
 
 // The second pass of a backward over a slab, backwards
 template <class T, bool kWide, bool kRows, int kAct, int K>
 NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, bool held, GradientBatch<T, K>& batch, Coefficients<T, kWide, kRows>& c,
                                const GradientCoefficients<T, kWide>& g) {
-    using A = AccumulatorOf<T>;
     const Arguments& t = call.tensors;
     if (!t.dx && !t.dresidual) return;
-    const Activation<kAct, A, vector_size<T>> act(call.problem);
     const GradientStash<T, K> stash(call);
     const int batches = (slab.steps + K - 1) / K;
     auto cursor = slab.after(batches * K);
+    NF_NO_UNROLL
     for (int b = batches - 1; b >= 0; --b) {
         typename Slab<T, kWide>::Cursor cursors[K];
         Spot spots[K];
@@ -140,27 +165,21 @@ NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, boo
             else load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
         }
         Vector<T> dh[K] = {};
-        if (t.dh) {
+        if (kWide != kRows && t.dh) {
             NF_UNROLL
             for (int k = 0; k < K; ++k) dh[k] = slab.load(t.dh, spots[k]);
         }
         NF_UNROLL
-        for (int k = K - 1; k >= 0; --k) {
-            c.turn_to(call, slab, spots[k]);
-            GradientLanes<A, vector_size<T>> lanes;
-            gradient_lanes<T, kWide, kRows, kAct, K>(call, c, act, batch, k, lanes);
-            grad_apply_vector<T, kWide, kRows>(call, slab, spots[k], c, g, lanes, dh[k]);
-        }
+        for (int k = K - 1; k >= 0; --k) grad_apply_vector<T, kWide, kRows, kAct, K>(call, slab, spots[k], c, g, batch, k, dh[k]);
     }
 }
 
-template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) grad_apply_kernel(NF_GRID_CONSTANT Call call) {
+template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>) grad_apply_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     const Arguments& t = call.tensors;
     const Slab<T, kWide> slab(call.walk, block_index());
     Coefficients<T, kWide, kRows> c;
     GradientCoefficients<T, kWide> g;
-    saved_statistics<T, kWide, kRows>(call, slab, c);
     if (t.q) {  // of slices, or settled per set
         const Global<A> qs(const_cast<void*>(t.q)), rs(const_cast<void*>(t.r));
         NF_UNROLL
@@ -171,9 +190,10 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) grad
         }
     } else if (call.partials) {
         Sums<A, gradient_sums<kAct>> sets[sum_lanes<T, kWide>];
-        gather_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, slab, sets);
-        finish_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, slab, slab.chunk == 0, sets, g);
+        finish_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, slab, sets, true, g);
     }
+    saved_statistics<T, kWide, kRows>(call, slab, c);
+    c.renew(call, slab);
     GradientBatch<T, gradient_batch> batch;
     grad_apply_slab<T, kWide, kRows, kAct, gradient_batch>(call, slab, false, batch, c, g);
 }

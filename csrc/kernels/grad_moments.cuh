@@ -24,8 +24,8 @@ template <class T, int K> struct GradientBatch {
     uint8_t bits[K];
 };
 
-template <class A, int V> struct GradientLanes {
-    A xc[V], dz[V], dact[V];
+template <class A, int P> struct GradientLanes {  // of a part of a vector
+    A xc[P], dz[P], dact[P];
 };
 
 // Reads a batch; what the call has none of stays as it is and is not used
@@ -50,28 +50,26 @@ NF_DEVICE void load_gradients(const Call& call, const Slab<T, kWide>& slab, cons
 }
 
 template <class T, bool kWide, bool kRows, int kAct, int K>
-NF_DEVICE void gradient_lanes(const Call& call, const Coefficients<T, kWide, kRows>& c,
-                              const Activation<kAct, AccumulatorOf<T>, vector_size<T>>& act, const GradientBatch<T, K>& batch, int k,
-                              GradientLanes<AccumulatorOf<T>, vector_size<T>>& lanes) {
+NF_DEVICE void gradient_lanes(const Call& call, const Coefficients<T, kWide, kRows>& c, const GradientBatch<T, K>& batch, int k, int part,
+                              GradientLanes<AccumulatorOf<T>, part_size<T, kAct>>& lanes) {
     using A = AccumulatorOf<T>;
-    constexpr int V = vector_size<T>;
-    unpack<T>(batch.x[k], lanes.xc);
-    unpack<T>(batch.dy[k], lanes.dz);
-    A z[V];
+    constexpr int P = part_size<T, kAct>;
+    const Activation<kAct, A, P> act(call.problem);
+    A z[P], weight[kRows ? 1 : P];
+    c.act_weights(part, weight);
     NF_UNROLL
-    for (int j = 0; j < V; ++j) {
-        lanes.xc[j] = c.centred(lanes.xc[j], j);
+    for (int j = 0; j < P; ++j) {
+        lanes.xc[j] = c.centred(widen(batch.x[k].data[part + j]), part + j);
+        lanes.dz[j] = widen(batch.dy[k].data[part + j]);
         lanes.dact[j] = A(0);
-        z[j] = fma_(c.scale(j), lanes.xc[j], c.shift[kRows ? 0 : j]);
+        z[j] = fma_(c.scale(part + j), lanes.xc[j], c.shift[kRows ? 0 : part + j]);
     }
-    if (call.tensors.mask) return act.from_bits(lanes.dz, batch.bits[k], lanes.dact);
+    if (call.tensors.mask) return act.from_bits(lanes.dz, unsigned(batch.bits[k]) >> part, lanes.dact);
     if (call.tensors.residual) {
-        A r[V];
-        unpack<T>(batch.residual[k], r);
         NF_UNROLL
-        for (int j = 0; j < V; ++j) z[j] += r[j];
+        for (int j = 0; j < P; ++j) z[j] += widen(batch.residual[k].data[part + j]);
     }
-    act.backward(lanes.dz, z, c.act_weight, lanes.dact);
+    act.backward(lanes.dz, z, weight, lanes.dact);
 }
 
 template <class A, int kSums> NF_DEVICE void store_channel_sums(const Call& call, int64_t entry, int64_t channel, const Sums<A, kSums>& sums) {
@@ -96,15 +94,11 @@ template <class T, bool kWide, int kSums> struct ChannelSums {
         for (int i = int(thread_index()); i < kSums * groups * columns; i += int(block_threads())) all().set(i, A(0));
         sync_block();
     }
-    NF_DEVICE void add_lanes(int quantity, int group, int column, const A (&v)[V]) const {
-        constexpr int kPart = V < 16 / int(sizeof(A)) ? V : 16 / int(sizeof(A));
+    template <int P> NF_DEVICE void add_lanes(int quantity, int group, int column, const A (&v)[P]) const {
+        Pack<A, P> sum = all().template load<P>(slot(quantity, group, column));
         NF_UNROLL
-        for (int part = 0; part < V; part += kPart) {
-            Pack<A, kPart> sum = all().template load<kPart>(slot(quantity, group, column + part));
-            NF_UNROLL
-            for (int j = 0; j < kPart; ++j) sum.data[j] += v[part + j];
-            all().template store<kPart>(slot(quantity, group, column + part), sum);
-        }
+        for (int j = 0; j < P; ++j) sum.data[j] += v[j];
+        all().template store<P>(slot(quantity, group, column), sum);
     }
     NF_DEVICE void add_row(int row, const Sums<A, kSums>& sums) const {
         NF_UNROLL
@@ -123,53 +117,35 @@ template <class T, bool kWide, int kSums> struct ChannelSums {
     }
 };
 
-// Adds a vector to the sums of its set and of its row (along rows) or channels (position sets along columns)
-template <class T, bool kWide, bool kRows, int kSums>
-NF_DEVICE void add_gradients(const Call& call, const Coefficients<T, kWide, kRows>& c, const GradientLanes<AccumulatorOf<T>, vector_size<T>>& lanes,
+// Adds a part of a vector to the sums of its sets, its row (along rows) or its channels (position sets along columns)
+template <class T, bool kWide, bool kRows, int kSums, int P>
+NF_DEVICE void add_gradients(const Call& call, const Coefficients<T, kWide, kRows>& c, const GradientLanes<AccumulatorOf<T>, P>& lanes, int part,
                              const Slab<T, kWide>& slab, const Spot& spot, Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>],
                              Sums<AccumulatorOf<T>, kSums>& row) {
     using A = AccumulatorOf<T>;
-    constexpr int V = vector_size<T>;
-    if (spot.empty()) return;
-    if constexpr (kWide && kRows) {
+    const auto add = [](Sums<A, kSums>& to, A dz, A xc, A dact) {
+        to.of[sum_dz] += dz;
+        to.of[sum_dz_xc] = fma_(dz, xc, to.of[sum_dz_xc]);
+        if constexpr (kSums == 3) to.of[sum_act] += dact;
+    };
+    if constexpr (kWide == kRows) {
         NF_UNROLL
-        for (int j = 0; j < V; ++j) {
-            row.of[sum_dz] += lanes.dz[j];
-            row.of[sum_dz_xc] = fma_(lanes.dz[j], lanes.xc[j], row.of[sum_dz_xc]);
-            if constexpr (kSums == 3) row.of[sum_act] += lanes.dact[j];
-        }
-    } else if constexpr (!kWide && !kRows) {
-        NF_UNROLL
-        for (int j = 0; j < V; ++j) {
-            sets[j].of[sum_dz] += lanes.dz[j];
-            sets[j].of[sum_dz_xc] = fma_(lanes.dz[j], lanes.xc[j], sets[j].of[sum_dz_xc]);
-            if constexpr (kSums == 3) sets[j].of[sum_act] += lanes.dact[j];
-        }
-    } else if constexpr (kWide) {
-        A scaled[V];
-        NF_UNROLL
-        for (int j = 0; j < V; ++j) {
-            const A weighted = lanes.dz[j] * c.weight[j];
-            sets[0].of[sum_dz] += weighted;
-            sets[0].of[sum_dz_xc] = fma_(weighted, lanes.xc[j], sets[0].of[sum_dz_xc]);
-            scaled[j] = lanes.dz[j] * lanes.xc[j] * c.rstd[0];
-        }
-        if (call.sums_offset < 0) return;
-        const ChannelSums<T, kWide, kSums> channels(call);
-        const int column = spot.column;
-        channels.add_lanes(sum_dz, slab.set_in_block, column, lanes.dz);
-        channels.add_lanes(sum_dz_xc, slab.set_in_block, column, scaled);
-        if constexpr (kSums == 3)
-            if (call.channel_sums[sum_act]) channels.add_lanes(sum_act, slab.set_in_block, column, lanes.dact);
+        for (int j = 0; j < P; ++j) add(kWide ? row : sets[kWide ? 0 : part + j], lanes.dz[j], lanes.xc[j], lanes.dact[j]);
     } else {
         NF_UNROLL
-        for (int j = 0; j < V; ++j) {
-            const A weighted = lanes.dz[j] * c.weight[0];
-            sets[j].of[sum_dz] += weighted;
-            sets[j].of[sum_dz_xc] = fma_(weighted, lanes.xc[j], sets[j].of[sum_dz_xc]);
-            row.of[sum_dz] += lanes.dz[j];
-            row.of[sum_dz_xc] = fma_(lanes.dz[j] * lanes.xc[j], c.rstd[j], row.of[sum_dz_xc]);
-            if constexpr (kSums == 3) row.of[sum_act] += lanes.dact[j];
+        for (int j = 0; j < P; ++j) add(sets[kWide ? 0 : part + j], lanes.dz[j] * c.weight[kRows ? 0 : part + j], lanes.xc[j], A(0));
+        if constexpr (kRows) {
+            NF_UNROLL
+            for (int j = 0; j < P; ++j) add(row, lanes.dz[j], lanes.xc[j] * c.rstd[part + j], lanes.dact[j]);
+        } else if (call.sums_offset >= 0) {
+            A scaled[P];
+            NF_UNROLL
+            for (int j = 0; j < P; ++j) scaled[j] = lanes.dz[j] * lanes.xc[j] * c.rstd[0];
+            const ChannelSums<T, kWide, kSums> channels(call);
+            channels.add_lanes(sum_dz, slab.set_in_block, spot.column + part, lanes.dz);
+            channels.add_lanes(sum_dz_xc, slab.set_in_block, spot.column + part, scaled);
+            if constexpr (kSums == 3)
+                if (call.channel_sums[sum_act]) channels.add_lanes(sum_act, slab.set_in_block, spot.column + part, lanes.dact);
         }
     }
 }
@@ -239,11 +215,11 @@ template <class T, bool kWide, bool kRows, int kAct, int K>
 NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, int64_t unit, Coefficients<T, kWide, kRows>& c, GradientBatch<T, K>& batch,
                                  Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>]) {
     using A = AccumulatorOf<T>;
-    const Activation<kAct, A, vector_size<T>> act(call.problem);
     const GradientStash<T, K> stash(call);
     const int batches = (slab.steps + K - 1) / K;
     Sums<A, gradient_sums<kAct>> row;
     auto cursor = slab.start();
+    NF_NO_UNROLL
     for (int b = 0; b < batches; ++b) {
         typename Slab<T, kWide>::Cursor cursors[K];
         Spot spots[K];
@@ -256,10 +232,15 @@ NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, i
         load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
-            c.turn_to(call, slab, spots[k]);
-            GradientLanes<A, vector_size<T>> lanes;
-            gradient_lanes<T, kWide, kRows, kAct, K>(call, c, act, batch, k, lanes);
-            add_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, c, lanes, slab, spots[k], sets, row);
+            if (!spots[k].empty()) {
+                c.turn_to(call, slab, spots[k]);
+                NF_UNROLL
+                for (int part = 0; part < vector_size<T>; part += part_size<T, kAct>) {
+                    GradientLanes<A, part_size<T, kAct>> lanes;
+                    gradient_lanes<T, kWide, kRows, kAct, K>(call, c, batch, k, part, lanes);
+                    add_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, c, lanes, part, slab, spots[k], sets, row);
+                }
+            }
             if (kRows && slab.row_ends(cursors[k])) end_row<T, kWide, kRows, gradient_sums<kAct>>(call, slab, spots[k], unit, c, sets, row);
         }
         const int kept = b - (batches - 1 - stash.resident);
@@ -267,17 +248,17 @@ NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, i
     }
 }
 
-template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) grad_moments_kernel(NF_GRID_CONSTANT Call call) {
+template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>) grad_moments_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     const Slab<T, kWide> slab(call.walk, block_index());
     Coefficients<T, kWide, kRows> c;
     saved_statistics<T, kWide, kRows>(call, slab, c);
+    c.renew(call, slab);
     Sums<A, gradient_sums<kAct>> sets[sum_lanes<T, kWide>];
     GradientBatch<T, gradient_batch> batch;
     collect_gradients<T, kWide, kRows, kAct, gradient_batch>(call, slab, block_index(), c, batch, sets);
     if (kWide && !call.walk.one_channel) return;  // the rows' sums are written
-    over_sets<T, kWide>(call, slab, sets, false);
-    leave_partial<T, kWide>(call, slab, sets);
+    leave_partials<T, kWide>(call, slab, sets);
 }
 
 }  // namespace normfused

@@ -10,7 +10,7 @@
 
 namespace normfused {
 
-template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) grad_single_pass_kernel(NF_GRID_CONSTANT Call call) {
+template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>) grad_single_pass_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     constexpr bool kPositions = kWide != kRows;
     Coefficients<T, kWide, kRows> c;
@@ -22,8 +22,9 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) grad
         Sums<A, gradient_sums<kAct>> sets[sum_lanes<T, kWide>];
         GradientBatch<T, gradient_batch> batch;
         saved_statistics<T, kWide, kRows>(call, slab, c);
+        c.renew(call, slab);
         collect_gradients<T, kWide, kRows, kAct, gradient_batch>(call, slab, unit, c, batch, sets);
-        finish_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, slab, true, sets, g);
+        finish_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, slab, sets, false, g);
         grad_apply_slab<T, kWide, kRows, kAct, gradient_batch>(call, slab, true, batch, c, g);
     }
     if (keeps_sums) ChannelSums<T, kWide, gradient_sums<kAct>>(call).leave(call, block_index());
@@ -34,13 +35,11 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) grad
 }
 
 // Position sets whose sums per channel fit no block: one more pass over dy and x, along the columns, a row having statistics of its own.
-template <class T> NF_KERNEL(max_threads) grad_columns_kernel(NF_GRID_CONSTANT Call call) {
+template <class T> NF_KERNEL(threads_of<false>) grad_columns_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
-    constexpr int V = vector_size<T>;
+    constexpr int V = vector_size<T>, P = part_size<T, any_act>;
     const Slab<T, false> slab(call.walk, block_index());
-    const Problem& p = call.problem;
     const Arguments& t = call.tensors;
-    const Activation<any_act, A, V> act(p);
     const Global<A> means(t.mean), rstds(t.rstd);
     Coefficients<T, true, false> c;  // statistics of the row, parameters of the columns
     Sums<A, 3> columns[V];
@@ -55,20 +54,25 @@ template <class T> NF_KERNEL(max_threads) grad_columns_kernel(NF_GRID_CONSTANT C
         c.turn_to(call, slab, spots[0]);
         c.mean[0] = means ? means.load_coherent(slab.row0 + spots[0].row) : A(0);
         c.rstd[0] = rstds.load_coherent(slab.row0 + spots[0].row);
-        GradientLanes<A, V> lanes;
-        gradient_lanes<T, true, false, any_act, 1>(call, c, act, batch, 0, lanes);
         NF_UNROLL
-        for (int j = 0; j < V; ++j) {
-            columns[j].of[sum_dz] += lanes.dz[j];
-            columns[j].of[sum_dz_xc] = fma_(lanes.dz[j] * lanes.xc[j], c.rstd[0], columns[j].of[sum_dz_xc]);
-            columns[j].of[sum_act] += lanes.dact[j];
+        for (int part = 0; part < V; part += P) {
+            GradientLanes<A, P> lanes;
+            gradient_lanes<T, true, false, any_act, 1>(call, c, batch, 0, part, lanes);
+            NF_UNROLL
+            for (int j = 0; j < P; ++j) {
+                Sums<A, 3>& column = columns[part + j];
+                column.of[sum_dz] += lanes.dz[j];
+                column.of[sum_dz_xc] = fma_(lanes.dz[j] * lanes.xc[j], c.rstd[0], column.of[sum_dz_xc]);
+                column.of[sum_act] += lanes.dact[j];
+            }
         }
     }
-    over_sets<T, false>(call, slab, columns, false);
-    if (slab.row_lane != 0) return;
-    NF_UNROLL
-    for (int j = 0; j < V; ++j)
-        if (slab.has(j)) store_channel_sums(call, slab.chunk, slab.column0 + slab.column(j), columns[j]);
+    lay_out(call, slab, columns);
+    const Table<A, Sums<A, 3>> table(call.scratch_offset, slab.teams, slab.team * V);
+    over_rows<A, Sums<A, 3>>(slab.teams, slab.team * V, call.scratch_offset, [&](int row, int column) { return table.get(row, column); },
+                             [&](int column, const Sums<A, 3>& sums) {
+                                 if (column < slab.columns) store_channel_sums(call, slab.chunk, slab.column0 + column, sums);
+                             });
 }
 
 }  // namespace normfused

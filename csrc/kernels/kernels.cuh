@@ -43,7 +43,8 @@ template <class T, bool kWide, bool kRows> int launch_with_act(const Launch& l, 
     if constexpr (sizeof(T) < 8) {  // float64 is for checking, not for speed
         switch (call.problem.act) {
             case Act::identity: return launch_with<T, kWide, kRows, int(Act::identity)>(l, config, call);
-            case Act::relu: return launch_with<T, kWide, kRows, int(Act::relu)>(l, config, call);
+            case Act::relu:
+            case Act::leaky_relu: return launch_with<T, kWide, kRows, int(Act::relu)>(l, config, call);
             case Act::silu: return launch_with<T, kWide, kRows, int(Act::silu)>(l, config, call);
             default: break;
         }

@@ -20,81 +20,81 @@ namespace normfused {
 // Lanes with sums of their own
 template <class T, bool kWide> constexpr int sum_lanes = kWide ? 1 : vector_size<T>;
 
-template <class T, bool kWide, int K>
-NF_DEVICE void add_batch(const Vector<T> (&batch)[K], const Spot (&spots)[K], bool centred,
-                         Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
+// The moments that a thread collects: lanes of narrow sets have met the same number of elements
+template <class T, bool kWide> struct ThreadMoments {
     using A = AccumulatorOf<T>;
-    constexpr int V = vector_size<T>, kLanes = sum_lanes<T, kWide>;
-    // Deviations from an element of the batch: the mean of equal numbers is exact, and no large numbers are summed
-    A shift[kLanes] = {}, sum[kLanes] = {}, m2[kLanes] = {}, v[V];
-    unpack<T>(batch[0], v);
-    if (centred) {
-        if (!kWide) {
+    static constexpr int V = vector_size<T>, kLanes = sum_lanes<T, kWide>;
+    A element[kLanes] = {}, offset[kLanes] = {}, m2[kLanes] = {}, count = A(0);
+
+    NF_DEVICE void give(Moments<A> (&to)[kLanes]) const {
+        NF_UNROLL
+        for (int j = 0; j < kLanes; ++j) {
+            to[j].element = element[j];
+            to[j].offset = offset[j];
+            to[j].m2 = m2[j];
+            to[j].count = count;
+        }
+    }
+
+    template <int K> NF_DEVICE void add(const Vector<T> (&batch)[K], const Spot (&spots)[K], bool centred) {
+        // Deviations from one element: the mean of equal numbers is exact, and no large numbers are summed
+        if (centred && count == A(0)) {
             NF_UNROLL
-            for (int j = 0; j < kLanes; ++j) shift[j] = v[j];
+            for (int j = V - 1; j >= 0; --j)
+                if (!kWide || (j >= spots[0].first && j < spots[0].last)) element[kWide ? 0 : j] = widen(batch[0].data[j]);
+        }
+        int n = 0;
+        A mean[kLanes] = {}, squares[kLanes] = {};  // of the batch, from the element on
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) {
+            n += kWide ? spots[k].last - spots[k].first : !spots[k].empty();
+            over(batch[k], spots[k], [&](int lane, A v) { mean[lane] += v - element[lane]; });
+        }
+        if (n == 0) return;
+        const A share = centred ? A(1) / A(n) : A(0);
+        NF_UNROLL
+        for (int j = 0; j < kLanes; ++j) mean[j] *= share;
+        NF_UNROLL
+        for (int k = 0; k < K; ++k)
+            over(batch[k], spots[k], [&](int lane, A v) {
+                const A d = v - element[lane] - mean[lane];
+                squares[lane] = fma_(d, d, squares[lane]);
+            });
+        const A total = count + A(n), fraction = A(n) / total;
+        NF_UNROLL
+        for (int j = 0; j < kLanes; ++j) {
+            const A delta = mean[j] - offset[j];
+            offset[j] = fma_(delta, fraction, offset[j]);
+            m2[j] += fma_(delta * delta, count * fraction, squares[j]);
+        }
+        count = total;
+    }
+
+    // f(lane of the sums, number) for every number of a vector
+    template <class F> static NF_DEVICE void over(const Vector<T>& v, const Spot& spot, F f) {
+        if (spot.empty()) return;
+        if (!kWide || spot.last - spot.first == V) {
+            NF_UNROLL
+            for (int j = 0; j < V; ++j) f(kWide ? 0 : j, widen(v.data[j]));
         } else {
             NF_UNROLL
-            for (int j = V - 1; j >= 0; --j) shift[0] = j >= spots[0].first && j < spots[0].last ? v[j] : shift[0];
+            for (int j = 0; j < V; ++j)
+                if (j >= spot.first && j < spot.last) f(0, widen(v.data[j]));
         }
     }
-    int n = 0;
-    NF_UNROLL
-    for (int k = 0; k < K; ++k) {
-        const int lanes = spots[k].last - spots[k].first;
-        n += kWide ? lanes : lanes > 0;
-        unpack<T>(batch[k], v);
-        if (lanes == V || (!kWide && lanes > 0)) {
-            NF_UNROLL
-            for (int j = 0; j < V; ++j) sum[kWide ? 0 : j] += v[j] - shift[kWide ? 0 : j];
-        } else if (kWide && lanes > 0) {
-            NF_UNROLL
-            for (int j = 0; j < V; ++j) sum[0] += j >= spots[k].first && j < spots[k].last ? v[j] - shift[0] : A(0);
-        }
-    }
-    if (n == 0) return;
-    const A share = A(1) / A(n);
-    A offset[kLanes];
-    NF_UNROLL
-    for (int j = 0; j < kLanes; ++j) offset[j] = centred ? sum[j] * share : A(0);
-    NF_UNROLL
-    for (int k = 0; k < K; ++k) {
-        const int lanes = spots[k].last - spots[k].first;
-        unpack<T>(batch[k], v);
-        if (lanes == V || (!kWide && lanes > 0)) {
-            NF_UNROLL
-            for (int j = 0; j < V; ++j) {
-                const A d = v[j] - shift[kWide ? 0 : j] - offset[kWide ? 0 : j];
-                m2[kWide ? 0 : j] = fma_(d, d, m2[kWide ? 0 : j]);
-            }
-        } else if (kWide && lanes > 0) {
-            NF_UNROLL
-            for (int j = 0; j < V; ++j) {
-                const A d = j >= spots[k].first && j < spots[k].last ? v[j] - shift[0] - offset[0] : A(0);
-                m2[0] = fma_(d, d, m2[0]);
-            }
-        }
-    }
-    NF_UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-        Moments<A> add;
-        add.element = shift[j];
-        add.offset = offset[j];
-        add.m2 = m2[j];
-        add.count = A(n);
-        moments[j].merge(add);
-    }
-}
+};
 
 // The first pass over a slab. The last batch stays in ``batch``, the ``resident`` ones before it in shared memory.
 template <class T, bool kWide, int K>
 NF_DEVICE void collect(const Call& call, const Slab<T, kWide>& slab, Vector<T> (&batch)[K],
                        Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
-    using A = AccumulatorOf<T>;
-    constexpr int V = vector_size<T>;
+    constexpr int V = vector_size<T>, P = part_size<T, any_act>;
+    ThreadMoments<T, kWide> own;
     const Arguments& t = call.tensors;
     const bool pre_norm = call.problem.residual_mode == ResidualMode::pre_norm;
     const int batches = (slab.steps + K - 1) / K, threads = int(block_threads());
     auto cursor = slab.start();
+    NF_NO_UNROLL
     for (int b = 0; b < batches; ++b) {
         Spot spots[K];
         NF_UNROLL
@@ -106,16 +106,18 @@ NF_DEVICE void collect(const Call& call, const Slab<T, kWide>& slab, Vector<T> (
         if (pre_norm) {  // the statistics are those of h as it is stored
             NF_UNROLL
             for (int k = 0; k < K; ++k) {
-                A v[V], r[V];
-                unpack<T>(batch[k], v);
-                unpack<T>(slab.load(t.residual, spots[k]), r);
+                const Vector<T> residual = slab.load(t.residual, spots[k]);
                 NF_UNROLL
-                for (int j = 0; j < V; ++j) v[j] += r[j];
-                batch[k] = pack<T>(v);
+                for (int part = 0; part < V; part += P) {
+                    AccumulatorOf<T> h[P];
+                    NF_UNROLL
+                    for (int j = 0; j < P; ++j) h[j] = widen(batch[k].data[part + j]) + widen(residual.data[part + j]);
+                    pack_part<T>(h, part, batch[k]);
+                }
                 slab.store(t.h, spots[k], batch[k]);
             }
         }
-        add_batch<T, kWide, K>(batch, spots, call.problem.centred, moments);
+        own.add(batch, spots, call.problem.centred);
         const int kept = b - (batches - 1 - call.walk.resident);
         if (kept >= 0 && b + 1 < batches) {
             const Shared<T> stash = shared_at<T>(0, call.walk.resident * K * threads * V);
@@ -123,6 +125,7 @@ NF_DEVICE void collect(const Call& call, const Slab<T, kWide>& slab, Vector<T> (
             for (int k = 0; k < K; ++k) stash.template store<V>(((kept * K + k) * threads + int(thread_index())) * V, batch[k]);
         }
     }
+    own.give(moments);
 }
 
 // A batch of the second pass, for b going down; the last one is still there.
@@ -145,66 +148,79 @@ NF_DEVICE void recall(const Call& call, const Slab<T, kWide>& slab, int b, int b
     }
 }
 
-// Values of neighbouring columns -> of the sets they belong to (``width`` columns each, counted from the slab's first).
-template <class A, int V, class Value>
-NF_DEVICE void over_columns(Value (&v)[V], int width, int columns, int lane, bool writer, int offset) {
-    if (width == 1) return;
-    const int sets = columns / width;
-    const Shared<A> of_columns = shared_at<A>(offset, Value::size * (columns + sets));
-    const auto column_slot = [&](int i, int column) { return i * columns + column; };
-    const auto set_slot = [&](int i, int set) { return Value::size * columns + i * sets + set; };
-    if (writer) {
+// Two numbers per set, for the lanes that need them
+template <class A> struct Pair {
+    A first, second;
+};
+
+// The values that the threads of a narrow slab hold, as a table of teams x columns; with a reader for over_rows
+template <class T, class Value> NF_DEVICE void lay_out(const Call& call, const Slab<T, false>& slab, const Value (&v)[vector_size<T>]) {
+    using A = AccumulatorOf<T>;
+    constexpr int V = vector_size<T>, P = V < 4 ? V : 4;
+    const Table<A, Value> table(call.scratch_offset, slab.teams, slab.team * V);
+    if (slab.row_lane < slab.teams) {
         NF_UNROLL
-        for (int j = 0; j < V; ++j) {
-            if (lane * V + j >= columns) continue;
+        for (int i = 0; i < Value::size; ++i)
             NF_UNROLL
-            for (int i = 0; i < Value::size; ++i) of_columns.set(column_slot(i, lane * V + j), v[j].get(i));
-        }
+            for (int part = 0; part < V; part += P) {
+                Pack<A, P> numbers;
+                NF_UNROLL
+                for (int j = 0; j < P; ++j) numbers.data[j] = v[part + j].get(i);
+                table.numbers.template store<P>(table.slot(slab.row_lane, i, slab.column(part)), numbers);
+            }
     }
     sync_block();
-    int fold = 1;  // threads that share the columns of a set
-    while (fold < 32 && fold * 2 <= width) fold *= 2;
-    const int groups = int(block_threads()) / fold, group = int(thread_index()) / fold, member = int(thread_index()) % fold;
-    for (int first = 0; first < sets; first += groups) {
-        const int set = first + group;
-        Value sum;
-        for (int c = member; c < width; c += fold) {
-            if (set >= sets) break;
-            Value other;
-            NF_UNROLL
-            for (int i = 0; i < Value::size; ++i) other.set(i, of_columns.get(column_slot(i, set * width + c)));
-            if (c == member) sum = other;
-            else sum.merge(other);
-        }
-        sum = over_lanes(sum, fold);
-        if (member == 0 && set < sets) {
-            NF_UNROLL
-            for (int i = 0; i < Value::size; ++i) of_columns.set(set_slot(i, set), sum.get(i));
+}
+
+// Values per column -> per set -> two numbers per set -> the lanes of every thread. ``read(row, column)`` of ``rows`` rows; on_column may
+// change a column's value before it joins its set's; on_set(set of the slab, value) gives the numbers. Both run once per column or set.
+template <class T, class Value, class Read, class OnColumn, class OnSet>
+NF_DEVICE void over_narrow_sets(const Call& call, const Slab<T, false>& slab, int rows, const Read& read, const OnColumn& on_column,
+                                const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>], AccumulatorOf<T> (&second)[vector_size<T>]) {
+    using A = AccumulatorOf<T>;
+    constexpr int V = vector_size<T>;
+    const int columns = slab.team * V, width = int(call.walk.width);
+    const Shared<A> numbers = shared_at<A>(call.columns_offset, 2 * columns);
+    const Table<A, Value> table(call.scratch_offset, 1, columns);
+    const auto leave = [&](int set, const Pair<A>& pair) {
+        numbers.set(set, pair.first);
+        numbers.set(columns + set, pair.second);
+    };
+    over_rows<A, Value>(rows, columns, call.scratch_offset, read, [&](int column, Value v) {
+        if (column >= slab.columns) return;
+        on_column(column, v);
+        if (width == 1) leave(column, on_set(column, v));
+        else table.set(0, column, v);
+    });
+    if (width > 1) {
+        sync_block();
+        int fold = 1;  // threads that share the columns of a set
+        while (fold < 32 && fold * 2 <= width) fold *= 2;
+        const int sets = slab.columns / width, groups = int(block_threads()) / fold;
+        const int group = int(thread_index()) / fold, member = int(thread_index()) % fold;
+        for (int start = 0; start < sets; start += groups) {
+            const int set = start + group;
+            Value sum;
+            NF_NO_UNROLL
+            for (int c = member; c < width && set < sets; c += fold) sum.merge(table.get(0, set * width + c));
+            sum = over_lanes(sum, fold);
+            if (member == 0 && set < sets) leave(set, on_set(set, sum));
         }
     }
     sync_block();
     NF_UNROLL
     for (int j = 0; j < V; ++j) {
-        const int column = lane * V + j;
-        if (column >= columns) continue;
-        NF_UNROLL
-        for (int i = 0; i < Value::size; ++i) v[j].set(i, of_columns.get(set_slot(i, column / width)));
+        const int column = slab.column(j), set = slab.set_of_column(call.walk, uint32_t(column));
+        first[j] = slab.has(j) ? numbers.get(set) : A(0);
+        second[j] = slab.has(j) ? numbers.get(columns + set) : A(0);
     }
-    sync_block();
+    sync_block();  // before the tables are used again
 }
 
-// Values of threads -> of sets, for every lane of every thread
-template <class T, bool kWide, class Value>
-NF_DEVICE void over_sets(const Call& call, const Slab<T, kWide>& slab, Value (&v)[sum_lanes<T, kWide>], bool fold_columns = true) {
-    using A = AccumulatorOf<T>;
-    if constexpr (kWide) {
-        const int threads = call.walk.sets_per_block > 1 ? slab.team * slab.teams : int(block_threads());
-        v[0] = over_set<A>(v[0], threads, call.scratch_offset);
-    } else {
-        over_teams<A, vector_size<T>>(v, slab.team, slab.teams, slab.lane, slab.row_lane, call.scratch_offset);
-        if (fold_columns)
-            over_columns<A, vector_size<T>>(v, int(call.walk.width), slab.columns, slab.lane, slab.row_lane == 0, call.columns_offset);
-    }
+// Values of threads -> of the set, for all threads of it
+template <class T, class Value> NF_DEVICE Value over_wide_set(const Call& call, const Slab<T, true>& slab, const Value& v) {
+    const int threads = call.walk.sets_per_block > 1 ? slab.team * slab.teams : int(block_threads());
+    return over_set<AccumulatorOf<T>>(v, threads, call.scratch_offset);
 }
 
 // ------------------------------------------------------------------------------------------------- sets and running statistics
@@ -235,7 +251,7 @@ NF_DEVICE void update_running_statistics(const Call& call, int64_t channel, A me
 // Moments of a set -> its statistics; ``writer`` (one thread of all that know the set) stores them.
 template <class A> NF_DEVICE Statistics<A> finish_set(const Call& call, int64_t set, const Moments<A>& m, bool writer, int64_t batches_before) {
     const Arguments& t = call.tensors;
-    const A var = m.m2 / A(call.count);
+    const A var = m.m2 * A(call.per_element);
     const Statistics<A> s = {m.mean(), standard::reciprocal_deviation(var, eps_of<A>(call, set))};
     if (writer) {
         if (t.mean) Global<A>(t.mean).store(set, s.mean);
@@ -256,48 +272,60 @@ template <bool kWide> NF_DEVICE int64_t partial_at(const Call& call, int64_t out
     return kWide ? (quantity * w.outers + outer) * call.partials + chunk : ((quantity * call.partials + chunk) * w.outers + outer) * w.cols + column;
 }
 
-// Writes the values of a slab's set (wide) or columns (narrow) for the next launch
-template <class T, bool kWide, class Value>
-NF_DEVICE void leave_partial(const Call& call, const Slab<T, kWide>& slab, const Value (&v)[sum_lanes<T, kWide>]) {
-    const Global<AccumulatorOf<T>> partial(call.partial);
-    if (!slab.speaks()) return;
+template <class A, bool kWide, class Value> NF_DEVICE void store_partial(const Call& call, int64_t outer, int column, int chunk, const Value& v) {
+    const Global<A> partial(call.partial);
     NF_UNROLL
-    for (int j = 0; j < sum_lanes<T, kWide>; ++j) {
-        if (!slab.has(j)) continue;
-        NF_UNROLL
-        for (int i = 0; i < Value::size; ++i)
-            partial.store(partial_at<kWide>(call, slab.outer, slab.column0 + slab.column(j), slab.chunk, i), v[j].get(i));
-    }
+    for (int i = 0; i < Value::size; ++i) partial.store(partial_at<kWide>(call, outer, column, chunk, i), v.get(i));
+}
+template <class A, bool kWide, class Value> NF_DEVICE Value load_partial(const Call& call, int64_t outer, int column, int chunk) {
+    const Global<A> partial(call.partial);
+    Value v;
+    NF_UNROLL
+    for (int i = 0; i < Value::size; ++i) v.set(i, partial.load_coherent(partial_at<kWide>(call, outer, column, chunk, i)));
+    return v;
 }
 
-// Reads them back, all chunks: each thread its share, to be merged by over_sets
+// Reduces what the threads hold, and writes it for the next launch: of a slab's set (wide) or columns (narrow)
 template <class T, bool kWide, class Value>
-NF_DEVICE void gather_partials(const Call& call, const Slab<T, kWide>& slab, Value (&v)[sum_lanes<T, kWide>]) {
-    const Global<AccumulatorOf<T>> partial(call.partial);
-    const int first = kWide ? slab.row_lane * slab.team + slab.lane : slab.row_lane, step = kWide ? slab.team * slab.teams : slab.teams;
-    if (!slab.live || slab.row_lane >= slab.teams) return;
-    for (int chunk = first; chunk < call.partials; chunk += step) {
-        NF_UNROLL
-        for (int j = 0; j < sum_lanes<T, kWide>; ++j) {
-            if (!slab.has(j)) continue;
-            Value other;
-            NF_UNROLL
-            for (int i = 0; i < Value::size; ++i)
-                other.set(i, partial.load_coherent(partial_at<kWide>(call, slab.outer, slab.column0 + slab.column(j), chunk, i)));
-            v[j].merge(other);
-        }
+NF_DEVICE void leave_partials(const Call& call, const Slab<T, kWide>& slab, const Value (&v)[sum_lanes<T, kWide>]) {
+    using A = AccumulatorOf<T>;
+    if constexpr (kWide) {
+        const Value sum = over_wide_set(call, slab, v[0]);
+        if (slab.speaks()) store_partial<A, true>(call, slab.outer, 0, slab.chunk, sum);
+    } else {
+        lay_out(call, slab, v);
+        const int columns = slab.team * vector_size<T>;
+        const Table<A, Value> table(call.scratch_offset, slab.teams, columns);
+        over_rows<A, Value>(slab.teams, columns, call.scratch_offset, [&](int row, int column) { return table.get(row, column); },
+                            [&](int column, const Value& sum) {
+                                if (column < slab.columns) store_partial<A, false>(call, slab.outer, slab.column0 + column, slab.chunk, sum);
+                            });
     }
 }
 
-template <class T, bool kWide> NF_KERNEL(max_threads) moments_kernel(NF_GRID_CONSTANT Call call) {
+// Reads them back. Wide: all chunks of the set, shared out over its threads; narrow: a reader for over_rows, chunk by chunk.
+template <class T, class Value> NF_DEVICE Value gather_partials(const Call& call, const Slab<T, true>& slab) {
+    Value v;
+    if (!slab.live || slab.row_lane >= slab.teams) return v;
+    NF_NO_UNROLL
+    for (int chunk = slab.row_lane * slab.team + slab.lane; chunk < call.partials; chunk += slab.team * slab.teams)
+        v.merge(load_partial<AccumulatorOf<T>, true, Value>(call, slab.outer, 0, chunk));
+    return v;
+}
+template <class T, class Value> NF_DEVICE auto partial_reader(const Call& call, const Slab<T, false>& slab) {
+    return [&](int chunk, int column) {
+        return column < slab.columns ? load_partial<AccumulatorOf<T>, false, Value>(call, slab.outer, slab.column0 + column, chunk) : Value();
+    };
+}
+
+template <class T, bool kWide> NF_KERNEL(threads_of<kWide>) moments_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     constexpr int kLanes = sum_lanes<T, kWide>;
     const Slab<T, kWide> slab(call.walk, block_index());
     Moments<A> m[kLanes];
     Vector<T> batch[moments_batch];
     collect<T, kWide, moments_batch>(call, slab, batch, m);
-    over_sets<T, kWide>(call, slab, m, false);
-    leave_partial<T, kWide>(call, slab, m);
+    leave_partials<T, kWide>(call, slab, m);
     // Nobody reads the counter in this launch; the next one reads it already counted
     if (call.problem.scope == Scope::channel && call.tensors.counter && block_index() == 0 && thread_index() == 0)
         Global<int64_t>(call.tensors.counter).store(0, counted_batches(call) + 1);

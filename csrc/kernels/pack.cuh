@@ -27,38 +27,22 @@ template <class T> NF_DEVICE T narrow(AccumulatorOf<T> v) { return v; }
 template <> NF_DEVICE __half narrow<__half>(float v) { return __float2half_rn(v); }
 template <> NF_DEVICE __nv_bfloat16 narrow<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
-template <class T> NF_DEVICE void unpack(const Vector<T>& from, AccumulatorOf<T> (&to)[vector_size<T>]) {
-    NF_UNROLL
-    for (int j = 0; j < vector_size<T>; ++j) to[j] = widen(from.data[j]);
+// Two at a time: for 2-byte types one instruction
+NF_DEVICE void narrow_pair(float a, float b, float& x, float& y) { x = a, y = b; }
+NF_DEVICE void narrow_pair(double a, double b, double& x, double& y) { x = a, y = b; }
+NF_DEVICE void narrow_pair(float a, float b, __half& x, __half& y) {
+    const __half2 two = __floats2half2_rn(a, b);
+    x = __low2half(two), y = __high2half(two);
+}
+NF_DEVICE void narrow_pair(float a, float b, __nv_bfloat16& x, __nv_bfloat16& y) {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(a, b);
+    x = __low2bfloat16(two), y = __high2bfloat16(two);
 }
 
-template <class T> NF_DEVICE Vector<T> pack(const AccumulatorOf<T> (&from)[vector_size<T>]) {
-    Vector<T> to;
+// ``kSize`` lanes of a vector, from lane ``at`` on
+template <class T, int kSize> NF_DEVICE void pack_part(const AccumulatorOf<T> (&from)[kSize], int at, Vector<T>& to) {
     NF_UNROLL
-    for (int j = 0; j < vector_size<T>; ++j) to.data[j] = narrow<T>(from[j]);
-    return to;
-}
-
-// Two conversions are one instruction
-template <> NF_DEVICE Vector<__half> pack<__half>(const float (&from)[8]) {
-    Vector<__half> to;
-    NF_UNROLL
-    for (int j = 0; j < 8; j += 2) {
-        const __half2 two = __floats2half2_rn(from[j], from[j + 1]);
-        to.data[j] = __low2half(two);
-        to.data[j + 1] = __high2half(two);
-    }
-    return to;
-}
-template <> NF_DEVICE Vector<__nv_bfloat16> pack<__nv_bfloat16>(const float (&from)[8]) {
-    Vector<__nv_bfloat16> to;
-    NF_UNROLL
-    for (int j = 0; j < 8; j += 2) {
-        const __nv_bfloat162 two = __floats2bfloat162_rn(from[j], from[j + 1]);
-        to.data[j] = __low2bfloat16(two);
-        to.data[j + 1] = __high2bfloat16(two);
-    }
-    return to;
+    for (int j = 0; j < kSize; j += 2) narrow_pair(from[j], from[j + 1], to.data[at + j], to.data[at + j + 1]);
 }
 
 // ------------------------------------------------------------------------------------------------------ parameters

@@ -32,12 +32,13 @@ struct Plan {
 namespace planning {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int round_up(int64_t a, int64_t b) { return int(ceil_div(a, b) * b); }
-inline int power_of_2(int64_t n) {  // the smallest that is at least n
-    int p = 1;
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t power_of_2(int64_t n) {  // the smallest that is at least n
+    int64_t p = 1;
     while (p < n) p *= 2;
     return p;
 }
+constexpr int64_t too_many = int64_t(1) << 31;
 
 struct View {
     bool wide, rows;
@@ -104,9 +105,10 @@ inline View view_of(const Problem& p) {
         w.sets_per_outer = groups ? p.groups : C;
     }
     const bool ragged = wide && rows && S % V != 0 && w.outers * w.rows > 1;
-    w.phase_mask = ragged ? int(V - 1) : 0;
+    w.phase_mask = ragged ? uint32_t(V - 1) : 0;
     w.row_vectors = int(ragged ? (w.cols + 2 * V - 2) / V : ceil_div(w.cols, V));
     w.aligned = (wide && rows) || (w.row_stride % V == 0 && w.high_stride % V == 0);
+    w.width_inverse = ((uint64_t(1) << 40) + uint64_t(w.width) - 1) / uint64_t(w.width);
     w.sets_per_block = 1;
     w.chunks = w.vector_chunks = 1;
     w.slices = 1;
@@ -116,7 +118,7 @@ inline View view_of(const Problem& p) {
 // Threads to a slab of rows x row_vectors, ``want`` vectors to a thread. Rows of several channels need teams of a power of two.
 inline void share_out(Walk& w, int64_t rows, int row_vectors, int want, bool power, int most) {
     const int64_t vectors = rows * row_vectors;
-    const int threads = std::min<int64_t>(most, std::max<int64_t>(32, round_up(ceil_div(vectors, want), 32)));
+    const int threads = int(std::min<int64_t>(most, std::max<int64_t>(32, round_up(ceil_div(vectors, want), 32))));
     int best_team = 1, best_teams = threads;
     int64_t best = INT64_MAX;
     const auto consider = [&](int team) {
@@ -141,10 +143,10 @@ inline void finish_walk(Walk& w, bool wide) {
 // Columns of a narrow slab: whole sets of at least ``bytes``. 0: a set is wider than a team of the most threads can hold.
 inline int64_t slice_of(const Walk& w, Type type, int64_t bytes) {
     const int64_t V = vector_of(type), least = std::lcm(V, w.width), all = ceil_div(w.cols, V) * V;
-    if (w.width == w.cols) return all / V <= max_threads ? all : 0;
+    if (w.width == w.cols) return all / V <= threads_of<false> ? all : 0;
     int64_t slice = least * std::max<int64_t>(1, bytes / size_of(type) / least);
     if (slice >= w.cols) slice = std::max(all, least);
-    return slice / V <= max_threads ? slice : 0;
+    return slice / V <= threads_of<false> ? slice : 0;
 }
 
 }  // namespace planning
@@ -167,23 +169,27 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
     const int vector_bytes = backward ? 32 + (source ? (p.masked() ? 1 : 16) : 0) : 16;
     const bool sums_needed = !backward || p.batch_statistics || needs.parameters;
 
-    const auto memory = [&](Plan& at) {  // offsets behind the slab; the reductions of wide sets need one exchange between warps
-        Walk& w = at.walk;
-        const int block = at.threads;
-        at.slab_bytes = round_up(int64_t(w.resident) * batch * block * vector_bytes, 16);
-        at.scratch_offset = at.slab_bytes;
-        const int exchange = values * 32 * accumulator, lanes = at.wide ? 0 : values * V * w.team * w.teams * accumulator;
-        const int tail = backward ? 4 * block * accumulator : 0;  // grad_parameters.cuh in the last block
-        at.columns_offset = at.scratch_offset + round_up(std::max({exchange, lanes, tail}), 16);
-        const int columns = at.wide || w.width == 1 ? 0 : round_up(values * (w.slice + w.slice / w.width) * accumulator, 16);
-        int end = at.columns_offset + columns;
-        if (at.sums_offset >= 0) {
-            at.sums_offset = end;
-            const int64_t per_group = at.wide ? int64_t(w.row_vectors) * V : w.rows;
-            end += int(3 * per_group * w.sets_per_block * accumulator);
+    const auto memory = [&](Plan& at) -> int64_t {  // offsets behind the slab; the reductions of wide sets need one exchange between warps
+        const Walk& w = at.walk;
+        const int64_t slab = round_up(int64_t(w.resident) * batch * at.threads * vector_bytes, 16);
+        const int64_t lanes = at.wide ? 0 : int64_t(values) * V * std::max(w.team * w.teams, at.threads) * accumulator;
+        const int64_t tail = backward ? 4 * at.threads * accumulator : 0;  // grad_parameters.cuh in the last block
+        const int64_t columns = slab + round_up(std::max<int64_t>({int64_t(values) * 32 * accumulator, lanes, tail}), 16);
+        const int64_t sums = columns + (at.wide ? 0 : round_up(int64_t(2) * w.team * V * accumulator, 16));
+        const int64_t channels = at.wide ? int64_t(w.row_vectors) * V : w.rows;
+        const int64_t end = sums + (at.sums_offset < 0 ? 0 : 3 * channels * w.sets_per_block * accumulator);
+        if (end < too_many) {
+            at.slab_bytes = int(slab);
+            at.scratch_offset = int(slab);
+            at.columns_offset = int(columns);
+            if (at.sums_offset >= 0) at.sums_offset = int(sums);
+            at.shared_bytes = int(end);
         }
-        at.shared_bytes = end;
         return end;
+    };
+    // Offsets from a slab's corner are 32-bit
+    const auto spans = [&](const Walk& w) {
+        return (int64_t(w.chunk_rows) - 1) * w.row_stride + int64_t(w.chunk_vectors) * V < (int64_t(1) << 32) - 64;
     };
 
     // ------------------------------------------------------------------------------------------------ single_pass
@@ -197,41 +203,40 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             const int64_t vectors = w.rows * w.row_vectors;
             if (w.rows > (int64_t(1) << 30)) return false;
             if (vectors <= 64) {  // several sets to a block, a group of lanes each
-                const int group = std::min(32, power_of_2(ceil_div(vectors, 2)));
-                w.team = std::min(group, power_of_2(w.row_vectors));
+                const int group = int(std::min<int64_t>(32, power_of_2(ceil_div(vectors, 2))));
+                w.team = int(std::min<int64_t>(group, power_of_2(w.row_vectors)));
                 w.teams = group / w.team;
                 const int whole_warps = 32 / group;
-                w.sets_per_block = std::min(128 / group, round_up(ceil_div(w.outers, 2 * limits.processors), whole_warps));
+                w.sets_per_block = int(std::min<int64_t>(128 / group, round_up(ceil_div(w.outers, 2 * limits.processors), whole_warps)));
                 at.threads = group * w.sets_per_block;
             } else if (position) {  // a row keeps its threads, so that they keep their columns
-                const int per_row = int(ceil_div(w.row_vectors, max_threads));
-                w.team = round_up(ceil_div(w.row_vectors, per_row), 32);
+                const int per_row = int(ceil_div(w.row_vectors, threads_of<true>));
+                w.team = int(round_up(ceil_div(w.row_vectors, per_row), 32));
                 w.teams = 1;
                 at.threads = w.team;
             } else {
-                share_out(w, w.rows, w.row_vectors, batch, power, max_threads);
-                at.threads = round_up(w.team * w.teams, 32);
+                share_out(w, w.rows, w.row_vectors, batch, power, threads_of<true>);
+                at.threads = int(round_up(w.team * w.teams, 32));
             }
             w.slice = w.cols;
         } else {
             w.slice = slice_of(w, p.type, slice_bytes);
             if (w.slice == 0 || w.rows > (int64_t(1) << 30)) return false;
             if (power) {  // a row's sum over its team
-                int vectors = std::min(32, power_of_2(ceil_div(slice_bytes, 16)));
-                vectors = std::min(vectors, power_of_2(w.row_vectors));
-                w.slice = int64_t(vectors) * V;
+                w.slice = std::min({int64_t(32), power_of_2(ceil_div(slice_bytes, 16)), power_of_2(w.row_vectors)}) * V;
             }
             w.slices = ceil_div(w.cols, w.slice);
             row_vectors = int(w.slice / V);
             w.team = row_vectors;
-            const int most = std::min(max_threads, std::max(w.team, 256));
+            const int most = std::max(w.team, 256);
             w.teams = int(std::max<int64_t>(1, std::min<int64_t>(most / w.team, ceil_div(w.rows, batch))));
-            at.threads = round_up(w.team * w.teams, 32);
+            at.threads = int(round_up(w.team * w.teams, 32));
         }
         w.chunk_rows = int(w.rows);
         w.chunk_vectors = row_vectors;
         finish_walk(w, view.wide);
         const int batches = int(ceil_div(w.steps, batch));
+        if (!spans(w)) return false;
         w.resident = batches - 1;
         at.sums_offset = backward && position && needs.parameters ? 0 : -1;
         at.blocks = w.units;
@@ -248,17 +253,17 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
                 }
                 w.resident = batches - 1;
             }
-            while (!fits() && w.resident > 0) --w.resident;  // the rest is read again
+            while (!fits() && w.resident > 0) w.resident -= std::max(1, w.resident / 64);  // the rest is read again
         }
         if (!fits()) return false;
-        if (w.units >= (int64_t(1) << 31)) return false;
+        if (at.blocks >= too_many) return false;
         plan = at;
         plan.read_x = 1 + double(batches - 1 - w.resident) / batches;
         return true;
     };
 
     // ------------------------------------------------------------------------------------------------ a launch per pass
-    const auto streaming = [&](Route route) {
+    const auto streaming = [&](Route route, bool settles = false) {
         Walk& w = plan.walk = view.walk;
         plan.route = route;
         plan.sums_offset = -1;
@@ -271,8 +276,8 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             const int64_t wanted = std::max<int64_t>(1, std::min(ceil_div(wanted_blocks, w.outers), set_vectors / (256 * 4)));
             if (w.rows >= wanted) {
                 w.chunk_rows = int(ceil_div(w.rows, wanted));
-                while (w.rows / w.chunk_rows > (int64_t(1) << 30)) w.chunk_rows *= 2;
                 w.chunk_vectors = w.row_vectors;
+                while (!spans(w) && w.chunk_rows > 1) w.chunk_rows = (w.chunk_rows + 1) / 2;
             } else {
                 w.chunk_rows = 1;
                 w.chunk_vectors = int(ceil_div(w.row_vectors, ceil_div(wanted, w.rows)));
@@ -282,17 +287,17 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             row_vectors = w.chunk_vectors;
             const int64_t vectors = int64_t(w.chunk_rows) * row_vectors;
             if (vectors <= 64 && w.chunks == 1) {
-                const int group = std::min(32, power_of_2(ceil_div(vectors, 2)));
-                w.team = std::min(group, power_of_2(row_vectors));
+                const int group = int(std::min<int64_t>(32, power_of_2(ceil_div(vectors, 2))));
+                w.team = int(std::min<int64_t>(group, power_of_2(row_vectors)));
                 w.teams = group / w.team;
                 w.sets_per_block = 128 / group;
                 plan.threads = group * w.sets_per_block;
             } else {
                 share_out(w, w.chunk_rows, row_vectors, 2, backward && !w.one_channel, 256);
-                plan.threads = round_up(w.team * w.teams, 32);
+                plan.threads = int(round_up(w.team * w.teams, 32));
             }
         } else {
-            w.slice = slice_of(w, p.type, 128);
+            w.slice = settles ? 0 : slice_of(w, p.type, 128);
             plan.settles = w.slice == 0 && route == Route::two_pass;
             if (w.slice == 0) {  // any slice will do
                 w.slice = std::min<int64_t>(8 * V, ceil_div(w.cols, V) * V);
@@ -301,24 +306,28 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             row_vectors = int(w.slice / V);
             w.team = row_vectors;
             w.teams = int(std::max<int64_t>(1, std::min<int64_t>(std::max(256, w.team) / w.team, w.rows)));
-            plan.threads = round_up(w.team * w.teams, 32);
+            plan.threads = int(round_up(w.team * w.teams, 32));
             const int64_t units = w.outers * w.slices;
             const int64_t wanted = std::max<int64_t>(1, std::min(ceil_div(wanted_blocks, units), w.rows / (int64_t(w.teams) * 4)));
             w.chunk_rows = int(std::min<int64_t>(ceil_div(w.rows, wanted), int64_t(1) << 30));
-            w.chunks = ceil_div(w.rows, w.chunk_rows);
             w.chunk_vectors = row_vectors;
+            while (!spans(w) && w.chunk_rows > 1) w.chunk_rows = (w.chunk_rows + 1) / 2;
+            w.chunks = ceil_div(w.rows, w.chunk_rows);
         }
         finish_walk(w, view.wide);
         w.resident = 0;
         plan.blocks = w.units;
-        memory(plan);
+        return memory(plan) <= limits.shared_bytes_per_block;
+    };
+    const auto stream = [&](Route route) {
+        if (!streaming(route)) streaming(route, true);
     };
 
     if (step == Step::apply || step == Step::grad_apply || (step == Step::norm_act && !p.batch_statistics) ||
         (step == Step::norm_act_backward && !sums_needed && !position)) {
-        streaming(Route::apply_only);
+        stream(Route::apply_only);
     } else if (step == Step::moments || step == Step::grad_moments) {
-        streaming(Route::two_pass);
+        stream(Route::two_pass);
         plan.read_x = 1;
     } else {
         const bool counts_late = step == Step::norm_act && p.cumulative && p.scope == Scope::channel;  // needs an arrival word
@@ -333,7 +342,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
                 const double set_bytes = double(p.elements()) * size_of(p.type) / plan.walk.units;
                 found = 2 * plan.blocks >= limits.processors || set_bytes <= 32768;
             }
-            if (!found) streaming(Route::two_pass);
+            if (!found) stream(Route::two_pass);
         }
     }
 
@@ -356,7 +365,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         w.chunk_vectors = int(w.slice / V);
         w.sets_per_block = 1;
         finish_walk(w, false);
-        plan.columns_threads = round_up(w.team * w.teams, 32);
+        plan.columns_threads = int(round_up(w.team * w.teams, 32));
     }
     return plan;
 }

@@ -2,8 +2,8 @@
 //
 // A value is a small array of numbers that knows how to merge with another one (Moments, Sums). Three reductions:
 //   over_set     wide sets: over all threads of a set, by shuffles and one exchange between warps; every thread gets the result
-//   over_teams   narrow sets: over the teams of a block, lane by lane, as a tree in shared memory; every thread gets its columns' result
 //   over_team    over the threads of a team, for sums per row
+//   over_rows    narrow sets: over the rows of a table of values per column; one thread per column gets the result
 #pragma once
 
 #include "integers.cuh"
@@ -47,6 +47,7 @@ template <class A, int kSize> struct Sums {
 
 // Over groups of ``threads`` (a power of two, at most 32) neighbouring lanes. The lower lane's value always comes first.
 template <class Value> NF_DEVICE Value over_lanes(Value v, int threads) {
+    NF_NO_UNROLL
     for (int mask = 1; mask < threads; mask *= 2) {
         Value other;
         NF_UNROLL
@@ -106,47 +107,48 @@ template <class A, class Value> NF_DEVICE Value over_team(Value v, int team, int
     return sum;
 }
 
-// Lane by lane over the teams; ``thread`` = team number * team + lane in the team. scratch: Value::size * V * team * teams numbers.
-template <class A, int V, class Value> NF_DEVICE void over_teams(Value (&v)[V], int team, int teams, int lane, int row_lane, int offset) {
-    const int threads = team * teams;
-    const Shared<A> scratch = shared_at<A>(offset, Value::size * V * threads);
-    const bool member = row_lane < teams;
-    const auto slot = [&](int i, int j, int row) { return (i * V + j) * threads + row * team + lane; };
-    for (int left = teams; left > 1;) {
-        const int half = (left + 1) / 2;
-        if (member && row_lane >= half && row_lane < left) {
-            NF_UNROLL
-            for (int j = 0; j < V; ++j)
-                NF_UNROLL
-                for (int i = 0; i < Value::size; ++i) scratch.set(slot(i, j, row_lane), v[j].get(i));
+// A table in shared memory: a value for every (row, column)
+template <class A, class Value> struct Table {
+    Shared<A> numbers;
+    int columns;
+
+    NF_DEVICE Table(int offset, int rows, int columns_) : numbers(shared_at<A>(offset, Value::size * rows * columns_)), columns(columns_) {}
+    NF_DEVICE int slot(int row, int i, int column) const { return (row * Value::size + i) * columns + column; }
+    NF_DEVICE Value get(int row, int column) const {
+        Value v;
+        NF_UNROLL
+        for (int i = 0; i < Value::size; ++i) v.set(i, numbers.get(slot(row, i, column)));
+        return v;
+    }
+    NF_DEVICE void set(int row, int column, const Value& v) const {
+        NF_UNROLL
+        for (int i = 0; i < Value::size; ++i) numbers.set(slot(row, i, column), v.get(i));
+    }
+};
+
+// on_column(column, sum of read(0 .. rows - 1, column)) by one thread per column. The threads first share out the rows and meet in the
+// table at ``offset``, whose first rows read() may read too. Ends without a barrier.
+template <class A, class Value, class Read, class OnColumn>
+NF_DEVICE void over_rows(int rows, int columns, int offset, const Read& read, const OnColumn& on_column) {
+    const int threads = int(block_threads()), thread = int(thread_index()), parts = max_(1, min_(rows, threads / columns));
+    const Table<A, Value> table(offset, parts, columns);
+    if (parts > 1) {
+        const int part = thread / columns, column = thread - part * columns;
+        if (part < parts) {
+            Value sum = read(part, column);
+            NF_NO_UNROLL
+            for (int row = part + parts; row < rows; row += parts) sum.merge(read(row, column));
+            table.set(part, column, sum);
         }
         sync_block();
-        if (member && row_lane < half && row_lane + half < left) {
-            NF_UNROLL
-            for (int j = 0; j < V; ++j) {
-                Value other;
-                NF_UNROLL
-                for (int i = 0; i < Value::size; ++i) other.set(i, scratch.get(slot(i, j, row_lane + half)));
-                v[j].merge(other);
-            }
-        }
-        left = half;
     }
-    // the rows above ``half`` of the last round are not read any more; row 0 is free since it is never written by the tree
-    if (member && row_lane == 0) {
-        NF_UNROLL
-        for (int j = 0; j < V; ++j)
-            NF_UNROLL
-            for (int i = 0; i < Value::size; ++i) scratch.set(slot(i, j, 0), v[j].get(i));
+    NF_NO_UNROLL
+    for (int column = thread; column < columns; column += threads) {
+        Value sum = parts > 1 ? table.get(0, column) : read(0, column);
+        NF_NO_UNROLL
+        for (int row = 1; row < (parts > 1 ? parts : rows); ++row) sum.merge(parts > 1 ? table.get(row, column) : read(row, column));
+        on_column(column, sum);
     }
-    sync_block();
-    if (member) {
-        NF_UNROLL
-        for (int j = 0; j < V; ++j)
-            NF_UNROLL
-            for (int i = 0; i < Value::size; ++i) v[j].set(i, scratch.get(slot(i, j, 0)));
-    }
-    sync_block();
 }
 
 }  // namespace normfused

@@ -37,34 +37,37 @@ template <class A> NF_KERNEL(256) grad_settle_sets_kernel(NF_GRID_CONSTANT Call 
     const int64_t set = block_index(), outer = quotient(set, call.walk.sets_per_outer);
     const Sums<A, 3> sums = gather_set<A, Sums<A, 3>>(call, outer, set - outer * call.walk.sets_per_outer, true);
     if (thread_index() != 0) return;
-    const A rstd = Global<A>(t.rstd).load_coherent(set), count = A(call.count);
-    const Vjp<A> vjp = call.problem.centred ? standard::vjp(rstd, sums.of[sum_dz], sums.of[sum_dz_xc], count)
-                                            : rms::vjp(rstd, sums.of[sum_dz_xc], count);
+    const A rstd = Global<A>(t.rstd).load_coherent(set), per_element = A(call.per_element);
+    const Vjp<A> vjp = call.problem.centred ? standard::vjp(rstd, sums.of[sum_dz], sums.of[sum_dz_xc], per_element)
+                                            : rms::vjp(rstd, sums.of[sum_dz_xc], per_element);
     Global<A>(const_cast<void*>(t.q)).store(set, vjp.q);
     Global<A>(const_cast<void*>(t.r)).store(set, vjp.r);
 }
 
 // Steps for rules written in PyTorch (sets are (n, c)): merges the chunks into mean and biased variance, or into the two sums
 template <class T, bool kWide, class Value, class Store> NF_DEVICE void settle_slices(const Call& call, const Store& store) {
+    using A = AccumulatorOf<T>;
     const Slab<T, kWide> slab(call.walk, block_index());
-    Value v[sum_lanes<T, kWide>];
-    gather_partials<T, kWide>(call, slab, v);
-    over_sets<T, kWide>(call, slab, v, false);
-    if (!slab.speaks()) return;
-    NF_UNROLL
-    for (int j = 0; j < sum_lanes<T, kWide>; ++j)
-        if (slab.has(j)) store(slab.set(call.walk, j), v[j]);
+    if constexpr (kWide) {
+        const Value sum = over_wide_set(call, slab, gather_partials<T, Value>(call, slab));
+        if (slab.speaks()) store(slab.outer, sum);
+    } else {
+        over_rows<A, Value>(int(call.partials), slab.team * vector_size<T>, call.scratch_offset, partial_reader<T, Value>(call, slab),
+                            [&](int column, const Value& sum) {
+                                if (column < slab.columns) store(slab.first_set(call.walk) + column, sum);
+                            });
+    }
 }
 
-template <class T, bool kWide> NF_KERNEL(max_threads) settle_kernel(NF_GRID_CONSTANT Call call) {
+template <class T, bool kWide> NF_KERNEL(threads_of<kWide>) settle_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     settle_slices<T, kWide, Moments<A>>(call, [&](int64_t set, const Moments<A>& m) {
         Global<A>(call.tensors.mean).store(set, m.mean());
-        Global<A>(call.tensors.rstd).store(set, m.m2 / A(call.count));
+        Global<A>(call.tensors.rstd).store(set, m.m2 * A(call.per_element));
     });
 }
 
-template <class T, bool kWide> NF_KERNEL(max_threads) grad_settle_kernel(NF_GRID_CONSTANT Call call) {
+template <class T, bool kWide> NF_KERNEL(threads_of<kWide>) grad_settle_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     settle_slices<T, kWide, Sums<A, 3>>(call, [&](int64_t set, const Sums<A, 3>& sums) {
         const int64_t n = quotient(set, call.problem.C);

@@ -10,7 +10,7 @@
 
 namespace normfused {
 
-template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) single_pass_kernel(NF_GRID_CONSTANT Call call) {
+template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>) single_pass_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     const Arguments& t = call.tensors;
     const int64_t batches_before = call.problem.cumulative ? counted_batches(call) : 0;
@@ -20,8 +20,8 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(max_threads) sing
         Moments<A> m[sum_lanes<T, kWide>];
         Vector<T> batch[forward_batch];
         collect<T, kWide, forward_batch>(call, slab, batch, m);
-        over_sets<T, kWide>(call, slab, m);
-        finish_sets<T, kWide, kRows>(call, slab, m, true, batches_before, c);
+        finish_sets<T, kWide, kRows>(call, slab, m, false, batches_before, c);
+        c.renew(call, slab);
         apply_slab<T, kWide, kRows, kAct, forward_batch>(call, slab, true, batch, c);
     }
     if (call.problem.scope == Scope::channel && t.counter) {

@@ -4,7 +4,7 @@
 // the ``resident`` ones before it in shared memory, and whatever came earlier is read again. The second pass goes backwards, so
 // that what is read again was read last. One body serves the single pass (all resident) and the passes that stream (none).
 //
-// Rows and columns are counted from the slab's corner and fit 32 bits; only the corner is a 64-bit offset.
+// Rows, columns and offsets are counted from the slab's corner and fit 32 bits (plan.h sees to it); only the corner is a 64-bit offset.
 #pragma once
 
 #include "integers.cuh"
@@ -13,9 +13,9 @@
 
 namespace normfused {
 
-// One vector of a slab: elements at .. at + V - 1 of the tensor, of which lanes [first, last) belong to it
+// One vector of a slab: elements at .. at + V - 1 from its corner on, of which lanes [first, last) belong to it
 struct Spot {
-    int64_t at;
+    uint32_t at;
     int row, column;  // of lane 0; the column is negative where a wide run starts off a 16-byte boundary
     int first, last;
 
@@ -25,7 +25,8 @@ struct Spot {
 template <class T, bool kWide> struct Slab {
     static constexpr int V = vector_size<T>;
 
-    int64_t corner, row_stride;  // element of row 0, column 0
+    int64_t corner;  // element of row 0, column 0, or (ragged) the 16-byte boundary before it
+    uint32_t skew;   // from there to row 0, column 0
     int64_t outer;
     int64_t row0;               // of the matrix
     int column0, vector0;       // of the matrix (its columns are channels, or counted by vectors), of the mask's row
@@ -33,7 +34,8 @@ template <class T, bool kWide> struct Slab {
     int rows, columns, least_column;
     int vectors, per_row, steps;  // of a row; that a thread meets in a row, in all rows. Absent ones at the edges counted
     int team, teams, lane, row_lane;  // this thread is number ``lane`` of team ``row_lane``
-    int set_in_block, phase_mask;
+    int set_in_block;
+    uint32_t row_stride, phase_mask;
     bool live, aligned;
 
     struct Cursor {
@@ -71,7 +73,9 @@ template <class T, bool kWide> struct Slab {
         row0 = int64_t(row_chunk) * w.chunk_rows;
         first_column += int64_t(vector_chunk) * w.chunk_vectors * V;
         corner = high * w.high_stride + low * w.low_stride + row0 * w.row_stride + first_column;
-        row_stride = w.row_stride;
+        skew = uint32_t(corner) & phase_mask;
+        corner -= skew;
+        row_stride = uint32_t(w.row_stride);
         channel0 = int(low * w.low_channels);
         column0 = int(first_column);  // used where columns are channels or sets, which are fewer than 2^31
         vector0 = int(first_column / V);
@@ -108,11 +112,11 @@ template <class T, bool kWide> struct Slab {
     }
 
     NF_DEVICE Spot spot(const Cursor& c) const {
-        const int64_t run = corner + c.row * row_stride;
+        const uint32_t run = skew + uint32_t(c.row) * row_stride, phase = kWide ? run & phase_mask : 0;
         Spot s;
         s.row = c.row;
-        s.column = c.vector * V - (kWide ? int(run) & phase_mask : 0);
-        s.at = run + s.column;
+        s.column = c.vector * V - int(phase);
+        s.at = run - phase + uint32_t(c.vector) * V;
         s.first = max_(least_column - s.column, 0);
         s.last = min_(columns - s.column, V);
         if (c.row >= rows || c.vector >= vectors || s.last <= s.first) s.first = s.last = 0;
@@ -123,23 +127,23 @@ template <class T, bool kWide> struct Slab {
 
     // Lanes outside are zero
     template <bool kCoherent = false> NF_DEVICE Vector<T> load(const void* tensor, const Spot& s) const {
-        const Global<const T> from(tensor);
-        if (whole(s)) return kCoherent ? from.template load_coherent<V>(s.at) : from.template load<V>(s.at);
+        const Global<const T> from = Global<const T>(tensor).advance(corner).advance(s.at);
+        if (whole(s)) return kCoherent ? from.template load_coherent<V>(0) : from.template load<V>(0);
         Vector<T> v;
         NF_UNROLL
         for (int j = 0; j < V; ++j) {
             v.data[j] = narrow<T>(0);
-            if (j >= s.first && j < s.last) v.data[j] = kCoherent ? from.load_coherent(s.at + j) : from.load(s.at + j);
+            if (j >= s.first && j < s.last) v.data[j] = kCoherent ? from.load_coherent(j) : from.load(j);
         }
         return v;
     }
 
     NF_DEVICE void store(void* tensor, const Spot& s, const Vector<T>& v) const {
-        const Global<T> to(tensor);
-        if (whole(s)) return to.template store<V>(s.at, v);
+        const Global<T> to = Global<T>(tensor).advance(corner).advance(s.at);
+        if (whole(s)) return to.template store<V>(0, v);
         NF_UNROLL
         for (int j = 0; j < V; ++j)
-            if (j >= s.first && j < s.last) to.store(s.at + j, v.data[j]);
+            if (j >= s.first && j < s.last) to.store(j, v.data[j]);
     }
 
     // The mask has one byte per vector of every row: [outer][row][vector]
@@ -151,8 +155,12 @@ template <class T, bool kWide> struct Slab {
     NF_DEVICE int column(int j) const { return lane * V + j; }
     NF_DEVICE bool has(int j) const { return live && (kWide || column(j) < columns); }
     NF_DEVICE int64_t set(const Walk& w, int j) const {
-        return kWide ? outer : outer * w.sets_per_outer + (w.width == 1 ? column0 + column(j) : (column0 + column(j)) / int(w.width));
+        return kWide ? outer : outer * w.sets_per_outer + set_of_column(w, uint32_t(column0 + column(j)));
     }
+    static NF_DEVICE int set_of_column(const Walk& w, uint32_t column) {
+        return int(w.width == 1 ? column : uint32_t(column * w.width_inverse >> 40));
+    }
+    NF_DEVICE int64_t first_set(const Walk& w) const { return kWide ? outer : outer * w.sets_per_outer + column0 / w.width; }
     // The one thread that speaks for a set (wide), or for the columns of its lanes
     NF_DEVICE bool speaks() const { return live && row_lane == 0 && (!kWide || lane == 0); }
 };

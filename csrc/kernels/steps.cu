@@ -16,7 +16,6 @@ extern template int launch_kernel<double>(const Launch&, const Call&, void*);
 namespace {
 
 int launch_typed(const Launch& l, const Call& call, void* stream) {
-    if (l.blocks == 0) return ok;
     switch (call.problem.type) {
         case Type::float32: return launch_kernel<float>(l, call, stream);
         case Type::float16: return launch_kernel<__half>(l, call, stream);
@@ -137,6 +136,7 @@ public:
         call.tensors = args;
         call.needs = needs;
         call.count = p.count();
+        call.per_element = 1.0 / double(call.count);
         call.scratch_offset = plan.scratch_offset;
         call.columns_offset = plan.columns_offset;
         call.sums_offset = plan.sums_offset;
@@ -316,7 +316,8 @@ int run(const Problem& problem, Step step, const Needs& needs, const Limits& lim
     if (problem.elements() == 0) return ok;
     const bool pool = args.arrivals != nullptr;
     const Plan plan = choose_plan(problem, step, needs, limits, pool, forced_route);
-    if (plan.blocks >= (int64_t(1) << 31)) return not_supported;
+    // beyond 2^31 - 1 blocks, or groups among 2^20 channels and more (walk.h): no plan
+    if (plan.blocks <= 0 || plan.blocks >= planning::too_many || (!plan.wide && plan.walk.width > 1 && problem.C >= 1 << 20)) return not_supported;
     const Workspace space = workspace(problem, step, needs, plan, pool);
     declare_all(problem, plan, step, args, size_t(space.numbers()) * (problem.type == Type::float64 ? 8 : 4), space.arrivals);
     Run run(problem, step, needs, plan, space, args, stream);

@@ -26,6 +26,7 @@ struct Walk {
     int row_vectors;  // vectors that a row may touch; one more than it fills where rows start off a 16-byte boundary
     int64_t low_channels, row_channels;  // channel of (o, row, column) where channels run along rows: base + row*row_channels
     int64_t width, sets_per_outer;       // set of (o, column) = o*sets_per_outer + column / width; wide: o
+    uint64_t width_inverse;              // 2^40 / width, rounded up: column / width = column*width_inverse >> 40 while C < 2^20
     // the cut: a block's slab is ``slice`` columns x ``chunk_rows`` rows (wide: x chunk_vectors vectors) of a matrix
     int64_t slice, slices;  // narrow; a multiple of the vector and of width
     int64_t chunks;  // = row chunks * vector_chunks
@@ -37,7 +38,7 @@ struct Walk {
     int sets_per_block;  // wide: several small sets to a block, each with team*teams threads (then at most 32)
     // the batches of vectors that stay on chip between the two passes over a slab, at the end of the walk; the last in registers
     int resident;
-    int phase_mask;  // V - 1 where rows may start inside a 16-byte vector and are walked by the vectors of memory, else 0
+    uint32_t phase_mask;  // V - 1 where rows may start inside a 16-byte vector and are walked by the vectors of memory, else 0
     bool one_channel;  // wide along rows: all rows of a matrix are of one channel
     bool aligned;  // every tensor starts at a 16-byte boundary, and (narrow) every row does
 };

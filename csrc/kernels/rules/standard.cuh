@@ -14,10 +14,10 @@ template <class A> struct Vjp {
 };
 
 namespace standard {
-template <class A> NF_DEVICE A reciprocal_deviation(A var, A eps) { return A(1) / sqrt_(var + eps); }
+template <class A> NF_DEVICE A reciprocal_deviation(A var, A eps) { return reciprocal_sqrt_(var + eps); }
 
-template <class A> NF_DEVICE Vjp<A> vjp(A rstd, A sum_dz, A sum_dz_xc, A count) {
-    return {-rstd * rstd * rstd * sum_dz_xc / count, -rstd * sum_dz / count};
+template <class A> NF_DEVICE Vjp<A> vjp(A rstd, A sum_dz, A sum_dz_xc, A per_element) {  // per_element = 1/M
+    return {-rstd * rstd * rstd * sum_dz_xc * per_element, -rstd * sum_dz * per_element};
 }
 }  // namespace standard
 

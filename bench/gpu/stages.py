@@ -1,0 +1,100 @@
+"""Which commands a stage consists of. All of them work without a network and with what the Python that runs them has."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from .runner import Command, Stage
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITE = ("tests/norms", "tests/contract", "tests/cuda", "tests/gpu")
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+LIMITS = {"build": 540.0, "facts": 120.0, "test": 560.0, "sanitizer": 480.0, "bench": 400.0, "ncu": 300.0, "matrix": 570.0}
+NAMES = tuple(LIMITS)
+MATRIX = {"batch": "batch", "group": "group", "instance": "instance or frn", "rows": "layer or rms"}
+
+
+def present(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def without(module: str, folders: Iterable[str]) -> list[str]:
+    """Test files that import a module."""
+    pattern = re.compile(rf"^\s*(from|import) {module}\b", re.MULTILINE)
+    files = (f for folder in folders for f in sorted((ROOT / folder).rglob("test_*.py")))
+    return [f.relative_to(ROOT).as_posix() for f in files if pattern.search(f.read_text())]
+
+
+def suite(name: str, paths: Iterable[str], folder: Path, device: dict[str, str], limit: float, parallel: bool = True) -> Command:
+    paths = tuple(paths)
+    left_out = [] if present("hypothesis") else without("hypothesis", paths)
+    ignored = [f"--ignore={path}" for path in left_out]
+    # nearly all of a small test is the host's time
+    processes = min(8, os.cpu_count() or 1)
+    side_by_side = ["-n", str(processes)] if parallel and present("xdist") else []
+    timeout = ["--timeout", "180"] if present("pytest_timeout") else []
+    argv = (sys.executable, "-m", "pytest", *paths, *ignored, *side_by_side, *timeout, "--maxfail=25", "-ra", "--tb=short")
+    note = f"hypothesis is not installed, so these are left out: {' '.join(left_out)}" if left_out else ""
+    return Command(name, (*argv, "-p", "no:cacheprovider", f"--junitxml={folder / f'test-{name}.xml'}"), device, limit, note)
+
+
+def stages(names: Iterable[str], folder: Path, device: str = "cuda") -> list[Stage]:
+    """On device ``cpu`` the same programs over the emulation, to try the commands without a GPU."""
+    environment = {"NORMFUSED_TEST_DEVICE": "cuda"} if device == "cuda" else {"NORMFUSED_EMULATE": "1"}
+    run = {} if device == "cuda" else environment
+    python = (sys.executable, "-m")
+
+    def build() -> list[Command]:
+        how = () if device == "cuda" else ("--emulation",)
+        return [
+            Command("build", (*python, "normfused", "build", *how), limit=500),
+            Command("doctor", (*python, "normfused"), run, limit=60),
+        ]
+
+    def facts() -> list[Command]:
+        return [Command("facts", (*python, "bench.gpu.facts", "--device", device), run, limit=120)]
+
+    def test() -> list[Command]:
+        # what only a GPU shows comes first, and alone: it needs much memory and looks at launches
+        return [
+            suite("gpu", ["tests/gpu"], folder, environment, 240, parallel=False),
+            suite("suite", [p for p in SUITE if p != "tests/gpu"], folder, environment, 560),
+            *([suite("triton", ["tests/triton"], folder, environment, 300)] if device == "cuda" and present("triton") else []),
+        ]
+
+    def sanitizer() -> list[Command]:
+        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        calls = (*python, "bench.gpu.calls", "--device", device)
+        plain = [Command("plain", calls, run, limit=90)]
+        # without torch's cache of blocks every tensor is an allocation, whose bounds the tool knows
+        options = ("--kernel-name", "kns=normfused", "--error-exitcode", "86", "--print-limit", "20")
+        checked = {**run, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return plain + [Command(name, (tool, "--tool", name, *options, *calls), checked, limit=180) for name in SANITIZERS]
+
+    def bench() -> list[Command]:
+        options = ("--seconds", "300") if device == "cuda" else ("--providers", "eager", "normfused-cuda")
+        return [Command("quick", (*python, "bench.gpu.quick", "--device", device, *options), run, limit=400)]
+
+    def matrix() -> list[Command]:
+        """A share of the time for each norm; what it does not suffice for is missing from the results."""
+        if not present("pytest_benchmark"):
+            return []
+        small = () if device == "cuda" else ("--quick", "--benchmark-disable")
+        common = (*python, "pytest", "bench", *small, "--maxfail=25", "-p", "no:cacheprovider")
+        share = LIMITS["matrix"] / len(MATRIX)
+        return [
+            Command(name, (*common, "-k", words, f"--benchmark-json={folder / f'benchmark-{name}.json'}"), run, limit=share)
+            for name, words in MATRIX.items()
+        ]
+
+    def ncu() -> list[Command]:
+        return [Command("ncu", (*python, "bench.gpu.counters"), run, limit=300)]
+
+    makers = {"build": build, "facts": facts, "test": test, "sanitizer": sanitizer, "bench": bench, "ncu": ncu, "matrix": matrix}
+    return [Stage(name, tuple(makers[name]()), LIMITS[name]) for name in names]
