@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import hashlib
 import importlib.util
 import json
@@ -40,7 +41,7 @@ BASELINE = RESULTS / "cuda-resources.json"
 TABLE = RESULTS / "cuda-resources.md"
 ARCHITECTURES = ("8.0", "9.0")
 NEWER = ("10.0", "12.0")  # the first that nvcc knows
-BLOCK, LARGEST_BLOCK = 256, 512  # threads: of a streaming kernel, csrc/kernels/call.h's most
+BLOCK = 256  # threads that streaming kernels have, but for small tensors
 ACTS = list(ACTIVATIONS)  # in the order of csrc/kernels/problem.h
 TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16", "d": "fp64"}
 # Kernels that pass over tensors of x's size: all 16 bytes an access. The second set writes such tensors, too.
@@ -134,6 +135,23 @@ def count_instructions(lines: Iterable[str]) -> dict[str, dict[str, int]]:
         elif name in ("LDL", "STL"):
             counts["local_accesses"] += 1
     return found
+
+
+@functools.cache
+def _most_threads() -> tuple[int, int]:
+    """Of a block along wide and along narrow sets."""
+    source = (ROOT / "csrc" / "kernels" / "call.h").read_text()
+    found = re.search(r"threads_of = kWide \? (\d+) : (\d+);", source)
+    assert found is not None, "csrc/kernels/call.h has no threads_of that this script can read"
+    return int(found[1]), int(found[2])
+
+
+def largest_block(name: str) -> int:
+    """The most threads that a kernel is launched with."""
+    wide, narrow = _most_threads()
+    if family(name) not in STREAMING and family(name) not in ("settle", "grad_settle"):
+        return 256
+    return wide if " wide" in name else narrow
 
 
 def blocks_per_processor(registers: int, threads: int) -> int:
@@ -311,10 +329,11 @@ def rows_of(kernels: dict[str, dict[str, Usage]], sm: str) -> list[str]:
     for (kernel, kind), members in groups.items():
         name, worst = max(members, key=lambda m: (m[1].spill_bytes, m[1].stack_bytes, m[1].registers))
         most = max(u.registers for _, u in members)
-        blocks = "/".join(str(blocks_per_processor(most, threads)) for threads in (BLOCK, LARGEST_BLOCK))
+        usual = min(blocks_per_processor(u.registers, BLOCK) for _, u in members)
+        largest = min(blocks_per_processor(u.registers, largest_block(n)) for n, u in members)
         sass = [u for _, u in members if u.instructions is not None]
         cells = [
-            *(kernel, kind, str(len(members)), _range(u.registers for _, u in members), blocks),
+            *(kernel, kind, str(len(members)), _range(u.registers for _, u in members), f"{usual}/{largest}"),
             *(str(sum(u.spill_bytes for _, u in members)), str(max(u.stack_bytes for _, u in members))),
             *(str(max(u.shared_bytes for _, u in members)), _share(sass, "wide_loads", "loads"), _share(sass, "wide_stores", "stores")),
             _range(u.instructions or 0 for u in sass) if sass else "",
@@ -325,7 +344,7 @@ def rows_of(kernels: dict[str, dict[str, Usage]], sm: str) -> list[str]:
 
 
 HEADER = [
-    f"| kernel | type | instances | registers | blocks of {BLOCK}/{LARGEST_BLOCK} | spilled bytes | stack | static shared bytes "
+    f"| kernel | type | instances | registers | blocks of {BLOCK}/most threads | spilled bytes | stack | static shared bytes "
     "| 16-byte loads | 16-byte stores | instructions | worst instance |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|",
 ]
@@ -338,9 +357,9 @@ def table(kernels: dict[str, dict[str, Usage]], done: list[Done], toolkit: _buil
         "",
         f"Written by `make resources`, compiled with nvcc {toolkit.version}; no GPU took part. One row per kernel and type, over all its",
         "instances (views and activations); the worst first, named in the last column without kernel and type. Blocks: that fit one",
-        f"processor as far as registers go, of {BLOCK} and of {LARGEST_BLOCK} threads; 2048 threads are full. Loads and stores: 16-byte",
-        "ones of all that the machine code has for global memory, those of coefficients, tails and unaligned tensors included.",
-        "cuda-resources.json has every instance and what may spill.",
+        f"processor as far as registers go, of {BLOCK} threads and of the most that the kernel is launched with; 2048 threads are full.",
+        "Loads and stores: 16-byte ones of all that the machine code has for global memory, those of coefficients, tails and unaligned",
+        "tensors included. cuda-resources.json has every instance and what may spill.",
         "",
         "| architecture | instances | most registers | that spill or have a stack | 16-byte loads | compile seconds, a file each |",
         "|---|---|---|---|---|---|",

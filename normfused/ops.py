@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -84,8 +85,29 @@ def _problem(
     )
 
 
+_activation = lru_cache(maxsize=1024)(Activation)
+
+
+@lru_cache(maxsize=4096)
+def _known_problem(
+    n: int, c: int, numel: int, layout: str, dtype: torch.dtype, device: torch.device, scope: str, rule: str, groups: int,
+    batch_statistics: bool, eps: float, momentum: float | None, act: str, p0: float, p1: float, residual_mode: str | None,
+) -> Problem:  # fmt: skip
+    return Problem(
+        scope, rule, n, c, numel // (n * c) if n * c else 0, groups, layout, dtype, device, eps, momentum, batch_statistics,
+        _activation(act, p0, p1), residual_mode,
+    )  # fmt: skip
+
+
+def _problem_of(x: Tensor, *numbers: Any) -> Problem:
+    """`_problem` for the real kernels, whose sizes are plain numbers: remembered, since making one costs as much as an operator."""
+    layout = layout_of(x)
+    assert layout is not None
+    return _known_problem(x.size(0), x.size(1), x.numel(), layout, x.dtype, x.device, *numbers)
+
+
 def _slices(x: Tensor, act: str = "identity", p0: float = 0.0, p1: float = 0.0, residual_mode: str | None = None) -> Problem:
-    return _problem(x, SAMPLE_GROUP, "standard", x.shape[1], True, 0.0, None, act, p0, p1, residual_mode)
+    return _problem_of(x, SAMPLE_GROUP, "standard", x.shape[1], True, 0.0, None, act, p0, p1, residual_mode)
 
 
 def _layout_like(t: Tensor | None, p: Problem) -> Tensor | None:
@@ -115,25 +137,25 @@ def _norm_act(
     running_var: Tensor | None,
     counter: Tensor | None,
     *static: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *numbers, backend = static
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     x = dense(x)
-    p = _problem(x, *numbers)
-    y, mean, rstd, h = dispatch.load(backend).norm_act(
-        p,
-        x,
-        _layout_like(residual, p),
-        _flat(weight),
-        _flat(bias),
-        _flat(act_weight),
-        _flat(eps_weight),
-        running_mean,
-        running_var,
-        counter,
+    p = _problem_of(x, *static[:-1])
+    tensors = (weight, bias, act_weight, eps_weight)
+    return _run_forward(p, static[-1], x, _layout_like(residual, p), *tensors, running_mean, running_var, counter)
+
+
+def _run_forward(
+    p: Problem, backend: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, act_weight: Tensor | None,
+    eps_weight: Tensor | None, *buffers: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """A backend's forward on dense tensors."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor | None] = dispatch.load(backend).norm_act(
+        p, x, residual, _flat(weight), _flat(bias), _flat(act_weight), _flat(eps_weight), *buffers
     )
-    return y, mean, rstd, x.new_empty(0) if h is None else h
+    return found
 
 
+@lru_cache(maxsize=1024)
 def _z_source(act: Activation, dtype: torch.dtype, residual_mode: str | None, backend: str) -> str | None:
     """What the backward needs beside x to know act'(z): None, ``"y"``, ``"residual"`` or, of the CUDA kernels, ``"mask"``."""
     if residual_mode != PRE_ACT or act.name == "identity":
@@ -155,34 +177,52 @@ def _norm_act_backward(
     mean: Tensor,
     rstd: Tensor,
     *static: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     *numbers, backend, need_x, need_residual, need_parameters = static
     x = dense(x)
-    p = _problem(x, *numbers)
-    gradients = dispatch.load(backend).norm_act_backward(
-        p,
-        _layout_like(dy, p),
-        _layout_like(dh, p),
-        x,
-        _layout_like(z_source, p),
-        _flat(weight),
-        _flat(bias),
-        _flat(act_weight),
-        _flat(eps_weight),
-        mean,
-        rstd,
-        (need_x, need_residual, need_parameters),
+    p = _problem_of(x, *numbers)
+    tensors = (x, _layout_like(z_source, p), weight, bias, act_weight, eps_weight, mean, rstd)
+    return _run_backward(p, backend, dy, dh, *tensors, (need_x, need_residual, need_parameters))
+
+
+def _run_backward(
+    p: Problem, backend: str, dy: Tensor, dh: Tensor | None, x: Tensor, z_source: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, act_weight: Tensor | None, eps_weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """A backend's backward for a dense x; None for what is not needed, gradients of parameters in the parameters' shapes."""
+    dx, dresidual, dweight, dbias, dact_weight, deps_weight = dispatch.load(backend).norm_act_backward(
+        p, _layout_like(dy, p), _layout_like(dh, p), x, z_source,
+        _flat(weight), _flat(bias), _flat(act_weight), _flat(eps_weight), mean, rstd, needs,
+    )  # fmt: skip
+    if not needs[2]:
+        return dx if needs[0] else None, dresidual if needs[1] else None, None, None, None, None
+    return (
+        dx if needs[0] else None,
+        dresidual if needs[1] else None,
+        None if weight is None else _shaped(dweight, weight),
+        None if bias is None else _shaped(dbias, bias),
+        None if act_weight is None else _shaped(dact_weight, act_weight),
+        None if eps_weight is None else _shaped(deps_weight, eps_weight),
     )
-    shapes = (x, x, weight, bias, act_weight, eps_weight)
-    needed = (need_x, need_residual, *(need_parameters,) * 4)
-    return tuple(
-        g.reshape(like.shape) if need and g is not None and like is not None else x.new_empty(0)
-        for g, like, need in zip(gradients, shapes, needed, strict=True)
-    )
+
+
+def _shaped(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    return gradient if gradient is None or gradient.dim() == like.dim() == 1 else gradient.reshape(like.shape)
 
 
 def _flat(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.reshape(-1).contiguous()
+    if parameter is None or (parameter.dim() == 1 and parameter.is_contiguous()):
+        return parameter
+    return parameter.reshape(-1).contiguous()
+
+
+def _every_output(kernel: Callable[..., tuple[Tensor | None, ...]], x_at: int) -> Callable[..., tuple[Tensor, ...]]:
+    """A kernel as an operator's, whose outputs are all tensors: what is absent is empty."""
+
+    def operator(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(arguments[x_at].new_empty(0) if t is None else t for t in kernel(*arguments))
+
+    return operator
 
 
 def _moments(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -305,8 +345,8 @@ def _fake_grad_apply(dy: Any, x: Tensor, *static: Any) -> Any:
 
 
 for _name, _real, _fake in (
-    ("norm_act", _norm_act, _fake_norm_act),
-    ("norm_act_backward", _norm_act_backward, _fake_norm_act_backward),
+    ("norm_act", _every_output(_norm_act, 0), _fake_norm_act),
+    ("norm_act_backward", _every_output(_norm_act_backward, 2), _fake_norm_act_backward),
     ("moments", _moments, _fake_moments),
     ("apply", _apply, _fake_apply),
     ("grad_moments", _grad_moments, _fake_grad_moments),
@@ -321,11 +361,14 @@ trace: list[tuple[str, str, str, str, Activation, str | None]] | None = None  # 
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
+def _traced(x: Tensor) -> bool:
+    """Whether somebody listens at the dispatcher."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor or bool(torch._C._len_torch_dispatch_stack())
+
+
 def _operator(real: Any, overload: Any, x: Tensor) -> Any:
-    """The kernel itself where nothing listens at the dispatcher (saves its boxing in eager mode), else the registered operator."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
-        return overload
-    return real
+    """The kernel itself where nobody listens at the dispatcher (saves its boxing in eager mode), else the registered operator."""
+    return overload if _traced(x) else real
 
 
 def _apply_function(function: Any, *arguments: Any) -> Any:
@@ -335,8 +378,8 @@ def _apply_function(function: Any, *arguments: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*arguments)
 
 
-def _none_if_empty(gradient: Tensor, like: Tensor | None) -> Tensor | None:
-    return None if like is None or (gradient.numel() == 0 and like.numel() != 0) else gradient
+def _none_if_empty(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if like is None or gradient is None or (gradient.numel() == 0 and like.numel() != 0) else gradient
 
 
 class NormAct(torch.autograd.Function):
@@ -353,37 +396,39 @@ class NormAct(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         counter: Tensor | None,
-        *static: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        static: tuple[Any, ...],
+        p: Problem | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        call = (x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter)
         if static[-1] == "torch" and _recomputes(x):
-            return _forward_recomputed(x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, *static)
-        out: tuple[Tensor, Tensor, Tensor, Tensor] = _operator(_norm_act, _ops.norm_act, x)(
-            x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, *static
-        )
+            return _forward_recomputed(*call, *static)
+        if p is not None:
+            return _run_forward(p, static[-1], *call)
+        out: tuple[Tensor, Tensor, Tensor, Tensor | None] = _ops.norm_act(*call, *static)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, residual, weight, bias, act_weight, eps_weight, _, _, _, *static = inputs
+        x, residual, weight, bias, act_weight, eps_weight, _, _, _, static, p = inputs
         y, mean, rstd, h = output
-        *_, act, p0, p1, residual_mode, backend = static
-        source = _z_source(Activation(act, p0, p1), x.dtype, residual_mode, backend)
-        z_source = {None: None, "y": y, "residual": residual, "mask": h}[source]
-        ctx.static = static
+        act, p0, p1, residual_mode, backend = static[6:]
+        z_source = None
+        if residual_mode == PRE_ACT:
+            source = _z_source(_activation(act, p0, p1), x.dtype, residual_mode, backend)
+            z_source = {None: None, "y": y, "residual": residual, "mask": h}[source]
+        ctx.static, ctx.p = static, p
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h if residual_mode == PRE_NORM else x, z_source, weight, bias, act_weight, eps_weight, mean, rstd)
-        ctx.mark_non_differentiable(mean, rstd)
-        if residual_mode != PRE_NORM:
-            ctx.mark_non_differentiable(h)
+        ctx.mark_non_differentiable(*((mean, rstd) if residual_mode == PRE_NORM or h is None else (mean, rstd, h)))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, _, _, dh = upstream
         x, z_source, weight, bias, act_weight, eps_weight, mean, rstd = ctx.saved_tensors
-        static = ctx.static
+        static, p = ctx.static, ctx.p
         residual_mode = static[9]
         needs = ctx.needs_input_grad
-        none = (None,) * (3 + len(static))
+        none = (None,) * 5
         if residual_mode != PRE_NORM:  # Dynamo hands over zeros for the unused output
             dh = None
         if dy is None:  # only h, or nothing, was used
@@ -394,22 +439,12 @@ class NormAct(torch.autograd.Function):
         own_residual = residual_mode == PRE_ACT and needs[1]
         if residual_mode == POST_ACT or (own_residual and static[6] == "identity"):
             dresidual, own_residual = dy, False
-        dx, dz, *parameters = _operator(_norm_act_backward, _ops.norm_act_backward, x)(
-            dy,
-            dh,
-            x,
-            z_source,
-            weight,
-            bias,
-            act_weight,
-            eps_weight,
-            mean,
-            rstd,
-            *static,
-            needs[0] or (residual_mode == PRE_NORM and needs[1]),
-            own_residual,
-            any(needs[2:6]),
-        )
+        call = (dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd)
+        wanted = needs[0] or (residual_mode == PRE_NORM and needs[1]), own_residual, True in needs[2:6]
+        if p is not None:
+            dx, dz, *parameters = _run_backward(p, static[-1], *call, wanted)
+        else:
+            dx, dz, *parameters = _ops.norm_act_backward(*call, *static, *wanted)
         if own_residual:
             dresidual = dz
         elif residual_mode == PRE_NORM:
@@ -474,7 +509,9 @@ def _differentiable_backward(
         elif source == "mask":  # the slope of a straight piece; it has no derivative of its own
             with torch.no_grad():
                 call = (torch.ones_like(x), dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, *static, False, True, False)
-                slope = _operator(_norm_act_backward, _ops.norm_act_backward, x)(*call)[1].to(wide)
+                slope = _norm_act_backward(*call)[1]
+                assert slope is not None
+                slope = slope.to(wide)
             if act_weight is not None and needs[4]:  # tlu: where z lies below, y is the threshold itself
                 dact_weight = upstream * (1 - slope)
                 kept = [1] if act_weight.numel() > 1 else []
@@ -569,10 +606,10 @@ def _norm_act_any(
     x = dense(x)
     if residual is not None:
         residual = dense(residual, layout_of(x))
+    static = (scope, rule, groups, batch_statistics, eps, momentum, act.name, act.p0, act.p1, residual_mode, name)
+    p = None if _traced(x) else _problem_of(x, *static[:-1])
     y, _, _, h = _apply_function(
-        NormAct,
-        x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
-        scope, rule, groups, batch_statistics, eps, momentum, act.name, act.p0, act.p1, residual_mode, name,
+        NormAct, x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, static, p
     )  # fmt: skip
     if normalized_shape is not None:
         y = y.view(full)
@@ -649,7 +686,7 @@ class SliceNormAct(torch.autograd.Function):
         rule, x, residual, act_weight, act, p0, p1, residual_mode, backend, *parameters = inputs
         y, mean, var, scale, shift = output
         # the steps leave no mask
-        source = _z_source(Activation(act, p0, p1), x.dtype, residual_mode, backend)
+        source = _z_source(_activation(act, p0, p1), x.dtype, residual_mode, backend)
         z_source = {None: None, "y": y, "residual": residual, "mask": residual}[source]
         ctx.rule, ctx.static = rule, (act, p0, p1, residual_mode, backend)
         ctx.set_materialize_grads(False)

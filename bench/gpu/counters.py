@@ -75,7 +75,9 @@ def parse(text: str) -> list[dict[str, Any]]:
         name = row.get("Metric Name")
         if name not in METRICS:
             continue
-        entry = kernels.setdefault(row["ID"], {"kernel": re.sub(r"^void |\(.*$|normfused::", "", row["Kernel Name"])})
+        full = row["Kernel Name"]
+        kernel = MARKER if MARKER in full else re.sub(r"^void |\(.*$|normfused::", "", full)
+        entry = kernels.setdefault(row["ID"], {"kernel": kernel})
         value = float(row["Metric Value"].replace(",", "")) * UNITS.get(row["Metric Unit"], float("nan"))
         entry[("read", "written", "us")[METRICS.index(name)]] = value
     return list(kernels.values())
@@ -85,7 +87,7 @@ def by_direction(kernels: list[dict[str, Any]], cases: list[Case]) -> list[dict[
     """One entry per case and direction, from the kernels between the markers."""
     groups: list[list[dict[str, Any]]] = []
     for kernel in kernels:
-        if MARKER in kernel["kernel"]:
+        if kernel["kernel"] == MARKER:
             groups.append([])
         elif groups:
             groups[-1].append(kernel)

@@ -32,6 +32,15 @@ def save(result: dict[str, Any]) -> None:
         Path(path).write_text(json.dumps(result, indent=1, default=str))
 
 
+def about(device: str) -> dict[str, Any]:
+    """bench.conftest.labels, also where there is no git."""
+    try:
+        return labels(device)
+    except OSError:
+        gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+        return {"device": device, "torch": torch.__version__, "normfused": nf.__version__, "commit": None, **gpu}
+
+
 def seconds_on_device(call: Callable[[], object], times: int, rounds: int = 7) -> float:
     """Median of one of ``times`` calls in a CUDA graph, by events."""
     replay, _ = graphed(call, times)
@@ -71,6 +80,12 @@ def measured() -> dict[str, Any]:
     # dependent launches in a graph, back to back
     found["launch_in_graph_us"] = round(1e6 * seconds_on_device(lambda: tiny.add_(1), 100), 2)
     found["launch_in_graph_4mib_us"] = round(1e6 * seconds_on_device(lambda: big.add_(1), 100), 2)
+
+    def waited() -> None:
+        tiny.add_(1)
+        torch.cuda.synchronize()
+
+    found["launch_and_wait_us"] = round(1e6 * host_seconds(waited, 200), 2)
     found["host_eager_add_us"] = round(1e6 * host_seconds(lambda: tiny.add_(1), 200), 2)
     return found
 
@@ -115,7 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
-    result: dict[str, Any] = {"labels": labels(device), "versions": versions()}
+    result: dict[str, Any] = {"labels": about(device), "versions": versions()}
     if shutil.which("nvidia-smi"):
         query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit,persistence_mode,mig.mode.current"
         done = subprocess.run(

@@ -13,6 +13,7 @@ import gc
 import itertools
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +21,9 @@ import torch
 import torch._functorch.config
 
 from ..cases import CHANNELS_LAST, Case
-from ..conftest import labels
 from ..providers import Provider, all_providers, error_against_float64, prepare, tensors
 from ..timing import COLD_BYTES
-from .facts import MIB, copy_gbps, save
+from .facts import MIB, about, copy_gbps, save
 
 PROVIDERS = ("eager", "compile", "normfused-triton", "normfused-cuda")
 
@@ -58,47 +58,60 @@ CASES = [
 TINY = [_case("batch", (2, 8, 6, 6), "relu"), _case("rms", (16, 64), residual="pre_norm")]  # to try this file on a CPU
 
 
-def calls(provider: Provider, case: Case, device: str) -> tuple[Callable[[], object], Callable[[], object], int]:
-    """(forward, backward, how many of each rotate over the cache)."""
-    module = prepare(provider, case, device)
-    held = max(case.floor_bytes("forward"), 1)
-    sets = max(2, min(64, -(-COLD_BYTES // held))) if device == "cuda" else 2
-    inputs, graphs = [], []
+Data = list[tuple[list[torch.Tensor], torch.Tensor]]  # of each set: (x and perhaps the residual, dy)
+
+
+def data_of(case: Case, device: str) -> Data:
+    """As many sets as together exceed the cache; all providers take the same."""
+    sets = max(2, min(64, -(-COLD_BYTES // case.floor_bytes("forward")))) if device == "cuda" else 2
+    found = []
     for seed in range(sets):
         x, residual, dy = tensors(case, device, seed)
-        leaves = [t.requires_grad_() for t in (x, residual) if t is not None]
+        found.append(([t.requires_grad_() for t in (x, residual) if t is not None], dy))
+    return found
+
+
+def calls(provider: Provider, case: Case, data: Data, device: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """(forward, backward), each of which takes the sets in turn."""
+    module = prepare(provider, case, device)
+    graphs = []
+    for leaves, dy in data:
         out = module(*leaves)
-        wanted = [*leaves, *module.parameters()]
         heads = out if isinstance(out, tuple) else (out,)
-        inputs.append(leaves)
-        graphs.append((heads, wanted, (dy, *(torch.randn_like(h) for h in heads[1:]))))
-    ahead, back = itertools.cycle(inputs), itertools.cycle(graphs)
+        graphs.append((heads, [*leaves, *module.parameters()], (dy,) * len(heads)))
+    ahead, back = itertools.cycle(data), itertools.cycle(graphs)
 
     def forward() -> object:
-        return module(*next(ahead))  # with grad: what training runs, saved tensors and masks included
+        return module(*next(ahead)[0])  # with grad: what training runs, saved tensors and masks included
 
     def backward() -> object:
-        heads, wanted, gradients = next(back)
-        return torch.autograd.grad(heads, wanted, gradients, retain_graph=True)
+        return torch.autograd.grad(*next(back), retain_graph=True)
 
-    return forward, backward, sets
-
-
-def repeated(call: Callable[[], object], times: int) -> Callable[[], object]:
-    return lambda: [call() for _ in range(times)]
+    return forward, backward
 
 
-def captured(call: Callable[[], object], times: int) -> tuple[Callable[[], object], str | None]:
+def repeated(call: Callable[[], object], times: int, kept: int) -> Callable[[], None]:
+    """The last results live on, so that the next do not take their place, which would still be in the cache."""
+
+    def run() -> None:
+        results: deque[object] = deque(maxlen=kept)
+        for _ in range(times):
+            results.append(call())
+
+    return run
+
+
+def captured(call: Callable[[], object], times: int, kept: int) -> tuple[Callable[[], object], str | None]:
     """(a CUDA graph's replay of ``times`` calls, None), or (the calls one by one, why they cannot be captured). On the current stream."""
     for _ in range(3):
         call()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            repeated(call, times)()
+            repeated(call, times, kept)()
     except RuntimeError as error:
         torch.cuda.synchronize()
-        return repeated(call, times), str(error).splitlines()[0]
+        return repeated(call, times, kept), str(error).splitlines()[0]
     return graph.replay, None
 
 
@@ -119,20 +132,20 @@ def wall_us(replay: Callable[[], object], times: int) -> float:
 
 def measure(case: Case, providers: list[Provider], device: str, rounds: int) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    replays: dict[str, list[tuple[Callable[[], object], int]]] = {}
+    replays: dict[str, list[Callable[[], object]]] = {}
+    data = data_of(case, device)
+    times = max(len(data), 10)
     for provider in providers:
         reason = provider.refuses(case)
         if reason is not None:
             continue
         try:
             error = error_against_float64(provider, case, device)
-            forward, backward, sets = calls(provider, case, device)
-            times = max(sets, 10)
             record: dict[str, Any] = {"error_of_allowed": round(error, 3)}
             made = []
-            for name, call in (("forward", forward), ("backward", backward)):
-                replay, why = captured(call, times) if device == "cuda" else (repeated(call, times), None)
-                made.append((replay, times))
+            for name, call in zip(("forward", "backward"), calls(provider, case, data, device), strict=True):
+                replay, why = captured(call, times, len(data)) if device == "cuda" else (repeated(call, times, len(data)), None)
+                made.append(replay)
                 if why is not None:
                     record[f"{name}_not_in_a_graph"] = why
             found[provider.name], replays[provider.name] = record, made
@@ -143,7 +156,7 @@ def measure(case: Case, providers: list[Provider], device: str, rounds: int) -> 
     for turn in range(rounds + 1):
         names = list(replays) if turn % 2 else list(replays)[::-1]
         for name in names:
-            for k, (replay, times) in enumerate(replays[name]):
+            for k, replay in enumerate(replays[name]):
                 taken = clock(replay, times)
                 if turn:  # the first warms up
                     samples.setdefault((name, k), []).append(taken)
@@ -154,9 +167,9 @@ def measure(case: Case, providers: list[Provider], device: str, rounds: int) -> 
     return found
 
 
-def markdown(results: list[dict[str, Any]], ceiling: float, about: dict[str, Any]) -> str:
+def markdown(results: list[dict[str, Any]], ceiling: float, machine: dict[str, Any]) -> str:
     lines = [
-        f"## Key shapes on {about.get('gpu', about['device'])}, torch {about['torch']}, commit {about['commit']}",
+        f"## Key shapes on {machine.get('gpu', machine['device'])}, torch {machine['torch']}, commit {machine['commit']}",
         "",
         f"Microseconds, and per cent of the copy rate ({ceiling:.0f} GB/s) that the bytes which must move would need; bf16, training.",
         "A wrong result is marked with !.",
@@ -213,7 +226,7 @@ def run(options: argparse.Namespace, device: str, started: float) -> int:
     providers = [p for p in providers if p.absent is None]
     cases = [c for c in (CASES if device == "cuda" else TINY) if not options.cases or any(text in c.name for text in options.cases)]
     results: list[dict[str, Any]] = []
-    about = labels(device)
+    machine = about(device)
     for case in cases:
         if time.monotonic() - started > options.seconds:
             print(f"time is up before {case.name}", flush=True)
@@ -221,11 +234,11 @@ def run(options: argparse.Namespace, device: str, started: float) -> int:
         found = measure(case, providers, device, options.rounds)
         results.append({"case": case.name, "providers": found})
         print(f"{time.monotonic() - started:4.0f} s {case.name}: {found}", flush=True)
-        save({"labels": about, "copy_gbps": ceiling, "cases": results, "markdown": markdown(results, ceiling, about)})
+        save({"labels": machine, "copy_gbps": ceiling, "cases": results, "markdown": markdown(results, ceiling, machine)})
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
-    print(markdown(results, ceiling, about))
+    print(markdown(results, ceiling, machine))
     wrong = [f"{r['case']} {n}" for r in results for n, p in r["providers"].items() if "failed" in p or p.get("error_of_allowed", 0) > 1]
     print(f"headline: {headline(results)}" + (f"; {len(wrong)} wrong or failed" if wrong else ""))
     return 1 if any("normfused" in w for w in wrong) or not results else 0

@@ -240,6 +240,7 @@ static struct {
     int order = nf_order_forward;
     unsigned seed = 0;
     bool races = false, traffic = false;
+    bool launching = true;
     int processors = 132, shared_limit = 232448;
     std::string skip_file;
     int skip_line = 0;
@@ -1287,6 +1288,7 @@ void run_blocks() {
 }  // namespace
 
 int launch(const LaunchConfig& config, bool impossible, void (*call)(const void*), const void* kernel_and_arguments) {
+    if (!machine.launching) return 0;
     std::lock_guard<std::mutex> lock(machine.mutex);
     grid = {config.name ? config.name : "?", config.blocks, config.threads, config.shared_bytes, config.cluster, config.cooperative};
     machine.fault = false;
@@ -1326,6 +1328,7 @@ int launch(const LaunchConfig& config, bool impossible, void (*call)(const void*
 const char* message() { return machine.text.c_str(); }
 
 void declare(const char* name, const void* pointer, int64_t bytes, bool writable) {
+    if (!machine.launching) return;
     tensors.erase(std::remove_if(tensors.begin(), tensors.end(), [&](auto& tensor) { return tensor->name == name; }), tensors.end());
     if (!pointer || bytes <= 0) return;
     auto added = std::make_unique<Tensor>();
@@ -1360,6 +1363,7 @@ void nf_emulation_order(int order, unsigned seed) {
 }
 void nf_emulation_races(int on) { machine.races = on != 0; }
 void nf_emulation_traffic(int on) { machine.traffic = on != 0; }
+void nf_emulation_launches(int on) { machine.launching = on != 0; }
 void nf_emulation_limits(int processors, int shared_bytes) {
     machine.processors = processors;
     machine.shared_limit = shared_bytes;

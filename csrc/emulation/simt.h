@@ -95,6 +95,7 @@ enum { nf_order_forward, nf_order_reverse, nf_order_starve };
 void nf_emulation_order(int order, unsigned seed);
 void nf_emulation_races(int on);    // also: shared memory that nobody wrote, copies not awaited
 void nf_emulation_traffic(int on);  // count what is asked of memory
+void nf_emulation_launches(int on);  // 0: launches return at once, to time what surrounds them
 void nf_emulation_limits(int processors, int shared_bytes);  // of the device; a cooperative grid must fit into it
 void nf_emulation_reset();          // forgets the message, counters and sites; modes and skipped sites stay
 const char* nf_emulation_message();  // of the last fault since reset, or ""

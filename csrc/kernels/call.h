@@ -11,6 +11,11 @@ constexpr int forward_batch = 2, moments_batch = 4, gradient_batch = 1;  // vect
 // Threads that a block may have: 128 registers each, and 168 where every lane has sums and coefficients of its own (narrow sets)
 template <bool kWide> constexpr int threads_of = kWide ? 512 : 384;
 
+// Activations with kernels of their own (kernels.cuh); the others share one, which may have a parameter's gradient to sum
+constexpr bool own_instantiation(const Problem& p) {
+    return p.type != Type::float64 && (p.act == Act::identity || p.act == Act::relu || p.act == Act::leaky_relu || p.act == Act::silu);
+}
+
 struct Call {
     Problem problem;
     Walk walk;

@@ -40,7 +40,7 @@
 #else
 #define NF_DEVICE __device__ __forceinline__
 #define NF_HOST_DEVICE __host__ __device__ __forceinline__
-#define NF_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define NF_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
 #define NF_GRID_CONSTANT const __grid_constant__
 #define NF_UNROLL _Pragma("unroll")
 #define NF_NO_UNROLL _Pragma("unroll 1")

@@ -22,7 +22,7 @@ struct Plan {
     int batch = 0;             // vectors of a thread's batch
     int slab_bytes = 0;        // of shared memory: what stays on chip beside the last batch
     int scratch_offset = 0, columns_offset = 0, sums_offset = -1, shared_bytes = 0;
-    bool settles = false;      // narrow sets wider than a slice: a launch of its own merges their columns
+    bool settles = false;      // narrow sets wider than a slice, or of many chunks: a launch of its own merges their partials
     bool columns_pass = false; // position sets' parameter gradients need a pass of their own
     Walk columns_walk = {};
     int columns_threads = 0;
@@ -158,7 +158,8 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
     const int V = vector_of(p.type), accumulator = p.type == Type::float64 ? 8 : 4;
     const bool backward = step == Step::norm_act_backward || step == Step::grad_moments || step == Step::grad_apply;
     const bool position = p.scope == Scope::position;
-    const int batch = backward ? gradient_batch : forward_batch, values = backward ? 3 : 4;  // numbers that reductions carry
+    const int batch = backward ? gradient_batch : forward_batch;
+    const int values = !backward ? 4 : own_instantiation(p) ? 2 : 3;  // numbers that reductions carry
     Plan plan;
     plan.wide = view.wide;
     plan.rows = view.rows;
@@ -177,7 +178,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         const int64_t columns = slab + round_up(std::max<int64_t>({int64_t(values) * 32 * accumulator, lanes, tail}), 16);
         const int64_t sums = columns + (at.wide ? 0 : round_up(int64_t(2) * w.team * V * accumulator, 16));
         const int64_t channels = at.wide ? int64_t(w.row_vectors) * V : w.rows;
-        const int64_t end = sums + (at.sums_offset < 0 ? 0 : 3 * channels * w.sets_per_block * accumulator);
+        const int64_t end = sums + (at.sums_offset < 0 ? 0 : values * channels * w.sets_per_block * accumulator);
         if (end < too_many) {
             at.slab_bytes = int(slab);
             at.scratch_offset = int(slab);
@@ -256,9 +257,13 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             while (!fits() && w.resident > 0) w.resident -= std::max(1, w.resident / 64);  // the rest is read again
         }
         if (!fits()) return false;
+        if (position && (view.wide || at.sums_offset >= 0)) {  // more blocks than fit a processor at once would only leave more sums
+            const int64_t fit = std::max(1, limits.shared_bytes_per_processor / (at.shared_bytes + 1024));
+            at.blocks = std::min(at.blocks, limits.processors * fit);
+        }
         if (at.blocks >= too_many) return false;
         plan = at;
-        plan.read_x = 1 + double(batches - 1 - w.resident) / batches;
+        plan.read_x = 1 + double(batches - 1 - w.resident) / batches + (at.columns_pass ? 1 : 0);
         return true;
     };
 
@@ -313,6 +318,10 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             w.chunk_vectors = row_vectors;
             while (!spans(w) && w.chunk_rows > 1) w.chunk_rows = (w.chunk_rows + 1) / 2;
             w.chunks = ceil_div(w.rows, w.chunk_rows);
+            // every block would read the partials of all chunks; where that is much beside its own rows, a launch merges them once
+            const int64_t partial_bytes = w.chunks * values * accumulator, row_bytes = int64_t(w.chunk_rows) * size_of(p.type);
+            if (route == Route::two_pass && step != Step::moments && step != Step::grad_moments && 8 * partial_bytes > row_bytes)
+                plan.settles = plan.settles || w.chunks > 1;
         }
         finish_walk(w, view.wide);
         w.resident = 0;

@@ -2,11 +2,11 @@
 // itself, and the running statistics of norms whose sets are no channels.
 #pragma once
 
-#include "grad_moments.cuh"
+#include "grad_apply.cuh"
 
 namespace normfused {
 
-// Partials of narrow sets, whose columns are spread over several slabs: all chunks and columns of set (outer, s) by one block
+// Partials of narrow sets of many chunks, or whose columns are spread over several slabs: those of set (outer, s) by one block
 template <class A, class Value> NF_DEVICE Value gather_set(const Call& call, int64_t outer, int64_t s, bool weighted) {
     const Walk& w = call.walk;
     const Global<A> partial(call.partial);
@@ -28,20 +28,25 @@ template <class A, class Value> NF_DEVICE Value gather_set(const Call& call, int
 template <class A> NF_KERNEL(256) settle_sets_kernel(NF_GRID_CONSTANT Call call) {
     const int64_t set = block_index(), outer = quotient(set, call.walk.sets_per_outer);
     const Moments<A> m = gather_set<A, Moments<A>>(call, outer, set - outer * call.walk.sets_per_outer, false);
-    finish_set(call, set, m, thread_index() == 0, int64_t(0));
+    finish_set(call, set, m, thread_index() == 0, counted_batches(call) - 1);  // moments_kernel has counted this batch
 }
 
 // A block per set: q and r
 template <class A> NF_KERNEL(256) grad_settle_sets_kernel(NF_GRID_CONSTANT Call call) {
     const Arguments& t = call.tensors;
     const int64_t set = block_index(), outer = quotient(set, call.walk.sets_per_outer);
-    const Sums<A, 3> sums = gather_set<A, Sums<A, 3>>(call, outer, set - outer * call.walk.sets_per_outer, true);
+    const bool channel = call.problem.scope == Scope::channel;
+    Sums<A, 3> sums = gather_set<A, Sums<A, 3>>(call, outer, set - outer * call.walk.sets_per_outer, !channel);
     if (thread_index() != 0) return;
-    const A rstd = Global<A>(t.rstd).load_coherent(set), per_element = A(call.per_element);
-    const Vjp<A> vjp = call.problem.centred ? standard::vjp(rstd, sums.of[sum_dz], sums.of[sum_dz_xc], per_element)
-                                            : rms::vjp(rstd, sums.of[sum_dz_xc], per_element);
-    Global<A>(const_cast<void*>(t.q)).store(set, vjp.q);
-    Global<A>(const_cast<void*>(t.r)).store(set, vjp.r);
+    if (channel) {
+        finish_channel(call, 0, set, sums, Global<A>(t.rstd).load_coherent(set));
+        const A weight = load_parameter(t.weight, set, A(1));
+        sums.of[sum_dz] *= weight;
+        sums.of[sum_dz_xc] *= weight;
+    }
+    const Pair<A> pair = finish_gradient(call, set, sums);
+    Global<A>(const_cast<void*>(t.q)).store(set, pair.first);
+    Global<A>(const_cast<void*>(t.r)).store(set, pair.second);
 }
 
 // Steps for rules written in PyTorch (sets are (n, c)): merges the chunks into mean and biased variance, or into the two sums

@@ -118,6 +118,12 @@ def call(
     return y
 
 
+def own(module: Any, name: str) -> Tensor | None:
+    """``module.name`` for a parameter, without the detour that nn.Module's attributes take; a parametrized one is no longer registered."""
+    parameters: dict[str, Tensor | None] = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 class NormActMixin:
     """The part of a layer that torch's class does not have: ``act`` (a child module or None), ``residual_mode``, ``backend``."""
 

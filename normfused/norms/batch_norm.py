@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..activations import ActivationLike
 from ..problem import CHANNEL, PRE_ACT, STANDARD
-from .base import NormActMixin, call
+from .base import NormActMixin, call, own
 
 
 def batch_norm_act(
@@ -126,12 +126,12 @@ class _BatchNormAct(NormActMixin, nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         training = self.training
-        running_mean, running_var = self.running_mean, self.running_var
+        running_mean, running_var = self._buffers["running_mean"], self._buffers["running_var"]
         batch_statistics = training or (running_mean is None and running_var is None)
         counter, momentum = None, self.momentum
         if training:
             if self.track_running_stats:
-                counter = self.num_batches_tracked
+                counter = self._buffers["num_batches_tracked"]
             else:
                 running_mean = running_var = None
             if momentum is None and counter is None:
@@ -139,8 +139,8 @@ class _BatchNormAct(NormActMixin, nn.modules.batchnorm._BatchNorm):
         elif batch_statistics:
             running_mean = running_var = None
         return batch_norm_act(
-            input, running_mean, running_var, self.weight, self.bias, batch_statistics, momentum, self.eps,
-            act=self.act, residual=residual, residual_mode=self.residual_mode, num_batches_tracked=counter, backend=self.backend,
+            input, running_mean, running_var, own(self, "weight"), own(self, "bias"), batch_statistics, momentum, self.eps,
+            act=self._modules.get("act"), residual=residual, residual_mode=self.residual_mode, num_batches_tracked=counter, backend=self.backend,
         )  # fmt: skip
 
 

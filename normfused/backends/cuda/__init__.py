@@ -46,6 +46,15 @@ def _operators() -> Any:
 _ops: Any = None
 
 
+def _code(p: Problem) -> int:
+    """`_load.pack_code`, kept with the problem, which is kept between calls."""
+    code: int | None = p.__dict__.get("_cuda_code")
+    if code is None:
+        code = _load.pack_code(p)
+        object.__setattr__(p, "_cuda_code", code)
+    return code
+
+
 def mask_bytes(p: Problem) -> int:
     """Size of the bit mask: a byte per 16-byte vector of every contiguous run (csrc/kernels/slab.cuh)."""
     vector = 16 // p.dtype.itemsize
@@ -71,7 +80,7 @@ def norm_act(
     act = p.act
     y, mean, rstd, extra = _operators().norm_act(
         x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, num_batches_tracked,
-        _load.pack_code(p), p.groups, p.eps, p.momentum or 0.0, act.p0, act.p1,
+        _code(p), p.groups, p.eps, p.momentum or 0.0, act.p0, act.p1,
     )  # fmt: skip
     return y, mean, rstd, extra if p.residual_mode in (PRE_NORM, PRE_ACT) else None
 
@@ -94,13 +103,18 @@ def norm_act_backward(
     residual, mask = _sources(p, z_source)
     own = p.residual_mode == PRE_ACT and act.name != "identity"
     need_dx, need_dresidual, need_parameters = needs
-    dx, dresidual, *parameters = _operators().norm_act_backward(
+    dx, dresidual, dweight, dbias, dact_weight, deps_weight = _operators().norm_act_backward(
         dy, dh, x, residual, mask, weight, bias, act_weight, eps_weight, mean, rstd,
-        _load.pack_code(p), p.groups, p.eps, act.p0, act.p1, _load.pack_needs(need_dx, need_dresidual and own, need_parameters),
+        _code(p), p.groups, p.eps, act.p0, act.p1, need_dx | (need_dresidual and own) << 1 | need_parameters << 2,
     )  # fmt: skip
-    of = (weight, bias, act_weight, eps_weight)
-    gradients = (g if need_parameters and t is not None else None for g, t in zip(parameters, of, strict=True))
-    return (dx if need_dx else None, _residual_gradient(p, dy, dresidual, need_dresidual), *gradients)
+    return (
+        dx if need_dx else None,
+        _residual_gradient(p, dy, dresidual, need_dresidual) if p.residual_mode else None,
+        dweight if need_parameters and weight is not None else None,
+        dbias if need_parameters and bias is not None else None,
+        dact_weight if need_parameters and act_weight is not None else None,
+        deps_weight if need_parameters and eps_weight is not None else None,
+    )
 
 
 def _sources(p: Problem, z_source: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -118,12 +132,12 @@ def _residual_gradient(p: Problem, dy: Tensor, dz: Tensor, needed: bool) -> Tens
 
 # ------------------------------------------------------------------------------ the steps, one set per (n, c)
 def moments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
-    mean, var = _operators().moments(x, _load.pack_code(p))
+    mean, var = _operators().moments(x, _code(p))
     return mean, var
 
 
 def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None) -> Tensor:
-    y: Tensor = _operators().apply(x, residual, scale, shift, act_weight, _load.pack_code(p), p.act.p0, p.act.p1)
+    y: Tensor = _operators().apply(x, residual, scale, shift, act_weight, _code(p), p.act.p0, p.act.p1)
     return y
 
 
@@ -132,7 +146,7 @@ def grad_moments(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     residual = z_source if p.residual_mode == PRE_ACT else None
     sum_dz, sum_dz_xc, dact_weight = _operators().grad_moments(
-        dy, x, residual, mean, scale, shift, act_weight, _load.pack_code(p), p.act.p0, p.act.p1
+        dy, x, residual, mean, scale, shift, act_weight, _code(p), p.act.p0, p.act.p1
     )
     return sum_dz, sum_dz_xc, dact_weight if act_weight is not None else None
 
@@ -155,6 +169,6 @@ def grad_apply(
     own = p.residual_mode == PRE_ACT and p.act.name != "identity"
     dx, dresidual = _operators().grad_apply(
         dy, x, residual, mean, scale, shift, act_weight, dz_scale, q, r,
-        _load.pack_code(p), p.act.p0, p.act.p1, _load.pack_needs(needs[0], needs[1] and own, False),
+        _code(p), p.act.p0, p.act.p1, _load.pack_needs(needs[0], needs[1] and own, False),
     )  # fmt: skip
     return dx if needs[0] else None, _residual_gradient(p, dy, dresidual, needs[1])

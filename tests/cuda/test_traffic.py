@@ -1,0 +1,456 @@
+"""How much of memory is asked for: promises of bytes and sectors per tensor, counted by the emulation.
+
+Bytes are exact: a single pass asks for x once, two passes twice, and every large output is written once. So are sectors (32 bytes, the
+grain of L2 and DRAM) where all runs begin and end on a sector's boundary. Elsewhere a request's piece of a run, of ``b`` bytes, touches
+at most ``b / 32 + 2`` sectors (a part of one at each end), and a vector at the end of a run that is not whole is asked for element by
+element: at most ``2*(V - 1)`` single elements a run, a sector each. Full-size shapes are checked by the plan's arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from normfused.backends import cuda as backend
+from normfused.backends.cuda import _load
+from normfused.problem import CHANNEL, NHWC, POSITION, PRE_NORM, RMS, SAMPLE_GROUP
+
+from ..support import cases
+from .cases import SMALL, Case, Machine, forced
+
+Counters = dict[str, Any]
+LIMITS = ("processors", "shared_bytes_per_block", "shared_bytes_per_processor", "threads_per_processor")
+SECTOR = 32
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass
+class Measured:
+    """The counters of a call and its plan."""
+
+    case: Case
+    plan: dict[str, Any]
+    counters: Counters
+    backward: bool
+
+    @property
+    def bytes(self) -> int:
+        return self.case.x.numel() * self.case.x.element_size()
+
+    @property
+    def V(self) -> int:
+        return 16 // self.case.x.element_size()
+
+    @property
+    def kernels(self) -> list[str]:
+        return [k["kernel"] for k in self.counters["kernels"]]
+
+    def of(self, tensor: str) -> dict[str, int]:
+        found: dict[str, int] = self.counters["tensors"].get(tensor, {})
+        return found
+
+    @property
+    def runs(self) -> tuple[int, int]:
+        """Contiguous runs of the tensor as the kernels walk it, and bytes of each: rows of channels, or of positions."""
+        p = self.case.p
+        channels_last = p.layout == NHWC or p.S == 1
+        length = p.C if channels_last else p.S
+        return p.N * p.C * p.S // length, length * self.case.x.element_size()
+
+
+def plan_of(case: Case, step: str, needs: int = 7) -> dict[str, Any]:
+    library = _load.library()
+    assert library is not None
+    with forced(case.route, case.limits):
+        limits = None if case.limits is None else dict(zip(LIMITS, case.limits, strict=True))
+        plan = library.describe(case.p, step, needs, limits)
+    if plan is None:
+        pytest.skip("the module was not built for this Python")
+    return plan
+
+
+def measure(case: Case, machine: Machine, needs: tuple[bool, bool, bool] = (True, True, True), **mode: Any) -> tuple[Measured, Measured]:
+    """A forward and a backward, counted."""
+    with machine.mode(traffic=True, **mode):
+        out = case.forward()
+        forward = machine.counters()
+        machine.reset()
+        case.backward(*out, needs=needs)
+        backward = machine.counters()
+    codes = _load.pack_needs(needs[0], needs[1] and case.residual == "pre_act", needs[2])
+    return Measured(case, plan_of(case, "norm_act"), forward, False), Measured(
+        case, plan_of(case, "norm_act_backward", codes), backward, True
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- promises
+def check_once(m: Measured, tensor: str, what: str, size: int) -> None:
+    """Every byte exactly once: as many as there are, and all of them."""
+    found = m.of(tensor)
+    assert found[f"{what}_bytes"] == size, f"{tensor}: {found} of {size} bytes; {m.case}"
+    assert found[f"{what}_distinct"] == _ceil(size, SECTOR), f"{tensor}: {found} of {size} bytes; {m.case}"
+
+
+def reads_of_x(m: Measured) -> float:
+    """How often x must be asked for: by its route, or as the plan of a position set that stays partly on chip says."""
+    times: float = {"single_pass": 1, "two_pass": 2, "apply": 1}[m.plan["route"]]
+    if m.case.p.scope == POSITION:
+        times = m.plan["reads_of_x"]
+    return times + ("grad_columns" in m.kernels)
+
+
+def check_reads(m: Measured, tensor: str, size: int, times: float) -> None:
+    found = m.of(tensor)
+    asked = found["read_bytes"] / size
+    if times == int(times):
+        assert asked == times, f"{tensor} is asked for {asked} times, not {times}: {found} of {size} bytes; {m.plan}; {m.case}"
+    else:  # vectors that are not there, at the edges of a slab, are part of the plan's count
+        assert abs(asked - times) <= m.plan["batch"] / m.plan["steps"], f"{tensor}: {asked}, not {times}; {m.plan}; {m.case}"
+    assert found["read_distinct"] == _ceil(size, SECTOR)
+
+
+def check_sectors(m: Measured, tensor: str, what: str) -> None:
+    """The bound of this file's head."""
+    found = m.of(tensor)
+    sectors, asked, requests = found[f"{what}_sectors"], found[f"{what}_bytes"], found[f"{what}_requests"]
+    runs, length = m.runs
+    times = asked / m.bytes
+    note = f"{tensor}: {found}, {runs} runs of {length} bytes; {m.plan}; {m.case}"
+    if length % SECTOR == 0:
+        assert sectors * SECTOR == asked, note
+        return
+    pieces = requests + times * runs * m.plan["steps"]
+    phased = m.plan["sets"] == "wide" and m.plan["channels"] == "rows"
+    if length % 16 != 0 and not phased:
+        # lanes keep their columns, so that no vector is aligned: element by element, and each request touches what one of vectors would
+        assert sectors <= m.V * (asked / SECTOR + 2 * pieces), note
+    else:
+        assert sectors <= asked / SECTOR + 2 * pieces + times * runs * 2 * (m.V - 1), note
+
+
+def check_forward(m: Measured) -> None:
+    case, times = m.case, reads_of_x(m)
+    pre_norm = case.residual == PRE_NORM
+    check_reads(m, "x", m.bytes, 1 if pre_norm else times)
+    check_once(m, "y", "write", m.bytes)
+    if case.residual:
+        check_once(m, "residual", "read", m.bytes)
+    if pre_norm:
+        check_once(m, "h", "write", m.bytes)
+        again = m.of("h").get("read_bytes", 0) / m.bytes
+        assert abs(again - (times - 1)) <= m.plan["batch"] / m.plan["steps"]
+    if case.mask is not None:
+        check_mask(m, "write", 1)
+    for tensor, what in (("x", "read"), ("residual", "read"), ("y", "write"), ("h", "write")):
+        if m.of(tensor):
+            check_sectors(m, tensor, what)
+
+
+def check_backward(m: Measured, needs: tuple[bool, bool, bool] = (True, True, True)) -> None:
+    case, times = m.case, reads_of_x(m)
+    z_is_recomputed = case.residual == "pre_act" and case.p.act.name != "identity" and case.mask is None
+    check_reads(m, "x", m.bytes, times)
+    check_reads(m, "dy", m.bytes, times)
+    if z_is_recomputed:
+        check_reads(m, "residual", m.bytes, times)
+    else:
+        assert not m.of("residual"), "nothing needs the residual"
+    if case.mask is not None:
+        check_mask(m, "read", times)
+    if case.dh is not None:
+        check_once(m, "dh", "read", m.bytes)
+    if needs[0]:
+        check_once(m, "dx", "write", m.bytes)
+    if needs[1] and case.residual == "pre_act" and case.p.act.name != "identity":
+        check_once(m, "dresidual", "write", m.bytes)
+    for tensor, what in (("x", "read"), ("dy", "read"), ("residual", "read"), ("dh", "read"), ("dx", "write"), ("dresidual", "write")):
+        if m.of(tensor) and (what == "write" or times == int(times)):
+            check_sectors(m, tensor, what)
+
+
+def check_mask(m: Measured, what: str, times: float) -> None:
+    """A bit an element in bytes of their own for each vector of memory that a run touches."""
+    size = backend.mask_bytes(m.case.p)
+    found = m.of("mask")[f"{what}_bytes"]
+    if times != int(times):
+        assert abs(found / size - times) <= m.plan["batch"] / m.plan["steps"]
+        return
+    # a run that begins on a boundary touches one vector fewer than there is room for
+    assert times * (size - m.runs[0]) <= found <= times * size, (found, size, m.case)
+    if m.runs[1] % 16 == 0:
+        assert found == times * m.bytes // 16
+
+
+# --------------------------------------------------------------------------------------------------------------- scaled shapes
+LADDER = {
+    "sectors": (2, 48, 8, 4),  # runs of whole sectors, of any type, in either layout
+    "vectors": (3, 24, 4, 6),  # whole vectors of half types
+    "ragged": (3, 24, 7, 9),
+    "odd channels": (2, 15, 5, 8),
+    "odd everything": (3, 21, 7, 5),
+    "one position": (40, 24),
+    "long": (2, 6, 24, 16),
+}
+SETS: dict[str, dict[str, Any]] = {
+    "channel": {"scope": CHANNEL},
+    "group": {"scope": SAMPLE_GROUP, "groups": 3},
+    "instance": {"scope": SAMPLE_GROUP, "groups": 0},
+    "position": {"scope": POSITION},
+    "position rms": {"scope": POSITION, "rule": RMS},
+}
+MODES: list[dict[str, Any]] = [
+    {"act": "silu"},
+    {"act": "relu", "residual": "pre_act"},  # a mask
+    {"act": "gelu", "residual": "pre_act"},  # z is recomputed from the residual
+    {"act": "relu", "residual": "post_act"},
+]
+
+
+def make(sets: str, shape: tuple[int, ...], layout: str, **options: Any) -> Case:
+    if len(shape) == 2 and (layout == NHWC or sets == "instance"):
+        pytest.skip("channels are contiguous already, or a set would be one element")
+    own = dict(SETS[sets])
+    if own.get("groups") == 0:
+        own["groups"] = shape[1]
+    return Case(shape=shape, layout=layout, **own, **options)
+
+
+@pytest.mark.parametrize("route", ["single_pass", "two_pass"])
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("layout", ["nchw", NHWC])
+@pytest.mark.parametrize("rung", LADDER)
+@pytest.mark.parametrize("sets", SETS)
+def test_promises(sets: str, rung: str, layout: str, dtype: torch.dtype, route: str, machine: Machine) -> None:
+    modes = list(MODES)
+    if sets.startswith("position"):
+        modes.append({"act": "relu", "residual": PRE_NORM})
+    for mode in modes:
+        limits = None if rung == "long" else SMALL
+        forward, backward = measure(make(sets, LADDER[rung], layout, dtype=dtype, route=route, limits=limits, **mode), machine)
+        assert sets.startswith("position") or forward.plan["route"] == backward.plan["route"] == route
+        check_forward(forward)
+        check_backward(backward)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((6, 12000), "nchw"), ((5, 30016, 1), NHWC), ((2, 3000, 32), "nchw"), ((3, 2048, 17), "nchw"), ((2, 12008, 3), NHWC)],
+)
+def test_partly_resident(shape: tuple[int, ...], layout: str, dtype: torch.dtype, machine: Machine) -> None:
+    """Of position sets beyond a block's memory only what does not fit is asked for again, as the plan says within one batch."""
+    partly = 0
+    for shared in (40000, 65536, 90000):
+        for mode in (
+            {"act": "silu"},
+            {"act": "relu", "residual": "pre_act"},
+            {"act": "gelu", "residual": "pre_act"},
+            {"residual": PRE_NORM},
+        ):
+            case = make("position", shape, layout, dtype=dtype, limits=(2, shared, 233472, 512), **mode)
+            forward, backward = measure(case, machine)
+            check_forward(forward)
+            check_backward(backward)
+            partly += sum(1 < m.plan["reads_of_x"] < 2 for m in (forward, backward))
+    assert partly, "everything fits, or nothing"
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, False, True), (False, True, False)])
+@pytest.mark.parametrize("route", ["single_pass", "two_pass"])
+@pytest.mark.parametrize("sets", ["channel", "group", "position"])
+def test_what_is_not_needed_is_not_written(sets: str, route: str, needs: tuple[bool, bool, bool], machine: Machine) -> None:
+    case = make(sets, LADDER["sectors"], "nchw", route=route, act="silu", residual="pre_act")
+    _, backward = measure(case, machine, needs)
+    for tensor, needed in (("dx", needs[0]), ("dresidual", needs[1]), ("dweight", needs[2]), ("dbias", needs[2])):
+        assert bool(backward.of(tensor)) == needed, tensor
+    for tensor in ("x", "dy", "residual"):
+        assert backward.of(tensor)["read_bytes"] <= 2 * backward.bytes
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("layout", ["nchw", NHWC])
+@pytest.mark.parametrize("rung", ["sectors", "ragged", "odd channels", "one position"])
+def test_evaluation_reads_once(rung: str, layout: str, dtype: torch.dtype, machine: Machine) -> None:
+    """Given statistics take no pass of their own, forward and, unless parameters are trained, backward."""
+    for mode in MODES:
+        case = make("channel", LADDER[rung], layout, dtype=dtype, tracked=True, batch_statistics=False, **mode)
+        forward, backward = measure(case, machine, (True, True, False))
+        assert forward.plan["route"] == backward.plan["route"] == "apply"
+        check_forward(forward)
+        check_backward(backward)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("layout", ["nchw", NHWC])
+@pytest.mark.parametrize("rung", [rung for rung in LADDER if rung != "one position"])
+def test_steps_read_once(rung: str, layout: str, dtype: torch.dtype, machine: Machine) -> None:
+    """The steps for rules written in PyTorch: one pass each."""
+    case = make("instance", LADDER[rung], layout, dtype=dtype, act="silu", residual="pre_act")
+    p = case.p
+    scale, shift, dz_scale, q, r = (torch.randn(p.N, p.C, dtype=p.accumulate) for _ in range(5))
+    size, writes = case.x.numel() * case.x.element_size(), {"apply": ["y"], "grad_apply": ["dx", "dresidual"]}
+    mean, _ = backend.moments(p, case.x)
+    given = (case.dy, case.x, case.r, mean, scale, shift, None)
+    calls = {
+        "moments": lambda: backend.moments(p, case.x),
+        "apply": lambda: backend.apply(p, case.x, case.r, scale, shift, None),
+        "grad_moments": lambda: backend.grad_moments(p, *given),
+        "grad_apply": lambda: backend.grad_apply(p, *given, dz_scale, q, r, (True, True, True)),
+    }
+    for step, call in calls.items():
+        with machine.mode(traffic=True), forced(None, SMALL):
+            call()
+            m = Measured(case, plan_of(case, step), machine.counters(), step.startswith("grad"))
+        for tensor in ("x", *(["residual"] if step != "moments" else []), *(["dy"] if m.backward else [])):
+            check_once(m, tensor, "read", size)
+            check_sectors(m, tensor, "read")
+        for tensor in writes.get(step, []):
+            check_once(m, tensor, "write", size)
+            check_sectors(m, tensor, "write")
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("route", ["single_pass", "two_pass"])
+@pytest.mark.parametrize(
+    ("sets", "shape", "layout"),
+    [
+        ("channel", (4, 6, 64, 32), "nchw"),
+        ("group", (2, 6, 32, 32), "nchw"),
+        ("instance", (2, 3, 64, 64), "nchw"),
+        ("channel", (4, 256, 8, 8), NHWC),
+        ("group", (2, 768, 8, 8), NHWC),
+        ("position", (12, 2048), "nchw"),
+        ("position", (4, 64, 32, 32), "nchw"),
+    ],
+)
+def test_accesses_are_of_16_bytes(sets: str, shape: tuple[int, ...], layout: str, route: str, dtype: torch.dtype, machine: Machine) -> None:
+    """Where whole vectors fill all lanes, a request is of 512 bytes; warps at the end of a row's teams may lack some lanes."""
+    forward, backward = measure(make(sets, shape, layout, dtype=dtype, route=route, act="relu", limits=None), machine)
+    for m, tensors in ((forward, ("x", "y")), (backward, ("x", "dy", "dx"))):
+        lanes = m.plan["team"] * m.plan["teams"]
+        for tensor in tensors:
+            what = "write" if tensor in ("y", "dx") else "read"
+            found = m.of(tensor)
+            idle = 1.25 if lanes >= 32 and lanes % 32 else 1  # 30 of 32 lanes, or fewer in the last warp
+            assert found[f"{what}_requests"] * 512 <= idle * 1.1 * found[f"{what}_bytes"], (tensor, found, m.plan)
+            assert found[f"{what}_sectors"] * SECTOR == found[f"{what}_bytes"]
+
+
+# ----------------------------------------------------------------------------------------------------- full size, by arithmetic
+def _squares(n: int, *maps: tuple[int, int]) -> list[tuple[int, int, int]]:
+    return [(n, c, side * side) for c, side in maps]
+
+
+RESNET = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7))
+UNET = ((320, 64), (640, 32), (1280, 16), (1280, 8), (960, 64), (1920, 32), (2560, 8))
+# The benchmark's shapes (N, C, S), bf16
+FULL: dict[str, tuple[str, int, list[tuple[int, int, int]]]] = {
+    "ResNet-50": (CHANNEL, 1, [*_squares(32, *RESNET), *_squares(256, *RESNET)]),
+    "EfficientNet-B0": (CHANNEL, 1, _squares(128, (32, 112), (96, 112), (96, 56), (144, 56), (240, 28), (480, 14), (672, 14), (1152, 7))),
+    "batch norm": (CHANNEL, 1, [(8, 64, 1024), (4, 256, 784), (4, 128, 2**20), (4096, 1024, 1)]),
+    "Stable Diffusion": (SAMPLE_GROUP, 32, [*_squares(1, *UNET), *_squares(8, *UNET), *_squares(4, (320, 128), (640, 64), (1280, 32))]),
+    "image decoders": (SAMPLE_GROUP, 32, _squares(1, (512, 128), (512, 256), (512, 512), (256, 512), (256, 1024), (128, 1024))),
+    "video decoders": (SAMPLE_GROUP, 32, [(1, 128, 20 * 2**16), (1, 512, 8 * 45 * 80), (1, 512, 16 * 90 * 160), (1, 512, 16 * 180 * 320)]),
+    "Mask R-CNN": (SAMPLE_GROUP, 32, [(2, 64, 400 * 672), (2, 256, 200 * 336), (2, 256, 100 * 168), (2, 256, 50 * 84), (1024, 256, 49)]),
+    "nnU-Net": (SAMPLE_GROUP, 0, [(2, 32, 128**3), (2, 64, 64**3), (2, 128, 32**3), (2, 256, 16**3), (2, 320, 8**3), (2, 320, 4**3)]),
+    "CycleGAN and style": (SAMPLE_GROUP, 0, [*_squares(1, (64, 256), (128, 128), (256, 64)), (16, 512, 4096), (4, 64, 2**18)]),
+    "ConvNeXt": (POSITION, 1, _squares(128, (96, 56), (192, 28), (384, 14), (768, 7))),
+    "rows": (POSITION, 1, [(25216, 768, 1), (1024, 12288, 1), (16384, 4096, 1), (8192, 8192, 1), (4096, 16384, 1), (8192, 5120, 1)]),
+    "more rows": (POSITION, 1, [(2048, 4096, 1), (131072, 128, 1), (8192, 128, 1), (1, 4096, 1)]),
+}
+H200 = {"processors": 132, "shared_bytes_per_block": 232448, "shared_bytes_per_processor": 233472, "threads_per_processor": 2048}
+
+
+def fits_a_block(scope: str, N: int, C: int, S: int, groups: int, layout: str, tensors: int, block: int) -> bool:
+    """Whether a set, or the narrowest slice of columns that is worth reading (64 bytes), is smaller than a block's memory."""
+    channels_last = layout == NHWC or S == 1
+    width = C // groups
+    if scope == CHANNEL:
+        slab = N * S * (32 if channels_last else 1)
+    elif scope == SAMPLE_GROUP:
+        slab = S * (max(math.lcm(width, 8), 32) if channels_last else width)
+    else:
+        return True
+    return slab * 2 * tensors <= 0.75 * block
+
+
+def enough(scope: str, N: int, C: int, S: int, groups: int, layout: str) -> bool:
+    """Whether there are sets, or slices of 128 bytes, for half of the processors; else many blocks for a set may be faster."""
+    if layout == NHWC or S == 1:
+        slices = C // max(64, math.lcm(C // groups, 8) if scope == SAMPLE_GROUP else 1)
+        return scope == POSITION or slices * (N if scope == SAMPLE_GROUP else 1) >= 66
+    return {CHANNEL: C, SAMPLE_GROUP: N * groups, POSITION: N * S}[scope] >= 66
+
+
+@pytest.mark.parametrize("step", ["norm_act", "norm_act_backward"])
+@pytest.mark.parametrize("layout", ["nchw", NHWC])
+@pytest.mark.parametrize("model", FULL)
+def test_full_size(model: str, layout: str, step: str, device: torch.device, record_property: Any) -> None:
+    """Legal on an H200, in one pass where a set fits a block, and with little to write beside the tensors."""
+    library = _load.library()
+    assert library is not None
+    if library.module is None:
+        pytest.skip("the module was not built for this Python")
+    scope, groups, shapes = FULL[model]
+    for N, C, S in shapes:
+        own = groups or C
+        p = cases.Problem(scope, "standard", N, C, S, own, layout, torch.bfloat16, torch.device("cpu"))
+        plan = library.describe(p, step, 7, H200)
+        assert plan is not None
+        size = 2 * N * C * S
+        note = f"{model} {(N, C, S)} {layout} {step}: {plan}"
+        record_property(f"{N}x{C}x{S}", "{route} {blocks}x{threads} {shared_bytes} B shared, {scratch_bytes} B scratch".format(**plan))
+        assert 32 <= plan["threads"] <= 1024, note
+        assert plan["threads"] % 32 == 0, note
+        assert 1 <= plan["blocks"] < 2**31, note
+        assert 0 <= plan["shared_bytes"] <= H200["shared_bytes_per_block"], note
+        # partials of chunks are little beside a tensor that is worth cutting, or 2 MiB, which L2 holds; sums per channel of each sample or
+        # block are what they are
+        entries = {CHANNEL: 0, SAMPLE_GROUP: N, POSITION: plan["blocks"]}[scope] if "backward" in step else 0
+        assert plan["scratch_bytes"] <= max(0.02 * size, 2**21, 12 * C * entries), note
+        tensors = 2 if "backward" in step else 1
+        if fits_a_block(scope, N, C, S, own, layout, tensors, H200["shared_bytes_per_block"]) and enough(scope, N, C, S, own, layout):
+            assert plan["route"] == "single_pass", note
+        if plan["route"] == "two_pass":
+            assert plan["blocks"] >= 60 or size < 2**20, f"half of the processors idle: {note}"
+
+
+def partials_read(plan: dict[str, Any]) -> int:
+    """Bytes: every block of a second pass merges the partials of its sets, all chunks of them, four numbers each."""
+    return plan["blocks"] * plan["chunks"] * (plan["slice"] if plan["sets"] == "narrow" else 1) * 16
+
+
+@pytest.mark.parametrize(
+    ("sets", "layout"), [("channel", "nchw"), ("channel", NHWC), ("instance", "nchw"), ("instance", NHWC), ("group", NHWC)]
+)
+def test_partials(sets: str, layout: str, machine: Machine) -> None:
+    """They are written once, and read as often as the arithmetic for full-size shapes says."""
+    forward, _ = measure(make(sets, (2, 96, 32, 16), layout, route="two_pass", limits=None, act="relu"), machine)
+    scratch, plan = forward.of("scratch"), forward.plan
+    assert scratch["read_bytes"] == partials_read(plan), (scratch, plan)
+    assert scratch["write_bytes"] <= plan["scratch_bytes"]
+
+
+@pytest.mark.parametrize("layout", ["nchw", NHWC])
+@pytest.mark.parametrize("model", [model for model, (scope, *_) in FULL.items() if scope != POSITION])
+def test_partials_are_read_little(model: str, layout: str, device: torch.device) -> None:
+    """All blocks of the second pass together must not read another tensor."""
+    library = _load.library()
+    assert library is not None
+    if library.module is None:
+        pytest.skip("the module was not built for this Python")
+    scope, groups, shapes = FULL[model]
+    for N, C, S in shapes:
+        p = cases.Problem(scope, "standard", N, C, S, groups or C, layout, torch.bfloat16, torch.device("cpu"))
+        plan = library.describe(p, "norm_act", 7, H200)
+        assert plan is not None
+        read = partials_read(plan)
+        if plan["route"] == "two_pass":
+            assert read <= max(0.25 * 2 * N * C * S, 2**24), f"{model} {(N, C, S)} {layout}: {read / 1e6:.0f} MB of partials; {plan}"
