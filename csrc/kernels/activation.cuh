@@ -33,7 +33,7 @@ template <int kAct, class A, int V> struct Activation {  // V lanes
     Act act;
     A p0, p1;
 
-    NF_DEVICE Activation(const Problem& p) : act(kAct == any_act ? p.act : Act(kAct)), p0(p.act == Act::relu ? A(0) : A(p.p0)), p1(A(p.p1)) {}
+    NF_DEVICE Activation(const Problem& p) : act(kAct == any_act ? Act(opaque(int(p.act))) : Act(kAct)), p0(p.act == Act::relu ? A(0) : A(p.p0)), p1(A(p.p1)) {}
 
     NF_DEVICE Act which() const { return kAct == any_act ? act : Act(kAct); }
     NF_DEVICE A high() const { return which() == Act::hardsigmoid ? A(1) / A(6) : A(1); }

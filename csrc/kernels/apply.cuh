@@ -59,7 +59,7 @@ template <class T, bool kWide, bool kRows> struct Coefficients {
             const Arguments& t = call.tensors;
             if constexpr (kRows) {
                 act_weight[0] = load_parameter(t.act_weight, key, A(0));
-                if (t.scale) return;
+                if (opaque(t.scale != nullptr)) return;
                 weight[0] = load_parameter(t.weight, key, A(1));
                 if constexpr (kWide) rstd[0] = set_rstd * weight[0];
                 shift[0] = load_parameter(t.bias, key, A(0));
@@ -144,7 +144,7 @@ NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const 
     constexpr int V = vector_size<T>, P = part_size<T, kAct>;
     const Arguments& t = call.tensors;
     const Activation<kAct, A, P> act(call.problem);
-    const ResidualMode mode = call.problem.residual_mode;
+    const ResidualMode mode = ResidualMode(opaque(int(call.problem.residual_mode)));
     if (spot.empty()) return;
     c.turn_to(call, slab, spot);
     Vector<T> y;

@@ -64,8 +64,9 @@ NF_DEVICE void gradient_lanes(const Call& call, const Coefficients<T, kWide, kRo
         lanes.dact[j] = A(0);
         z[j] = fma_(c.scale(part + j), lanes.xc[j], c.shift[kRows ? 0 : part + j]);
     }
-    if (call.tensors.mask) return act.from_bits(lanes.dz, unsigned(batch.bits[k]) >> part, lanes.dact);
-    if (call.tensors.residual) {
+    const int source = opaque(call.tensors.mask ? 2 : call.tensors.residual ? 1 : 0);
+    if (source == 2) return act.from_bits(lanes.dz, unsigned(batch.bits[k]) >> part, lanes.dact);
+    if (source == 1) {
         NF_UNROLL
         for (int j = 0; j < P; ++j) z[j] += widen(batch.residual[k].data[part + j]);
     }

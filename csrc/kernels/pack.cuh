@@ -49,7 +49,7 @@ template <class T, int kSize> NF_DEVICE void pack_part(const AccumulatorOf<T> (&
 template <class A> NF_DEVICE A load_parameter(const Parameter& p, int64_t channel, A absent) {
     if (p.data == nullptr) return absent;
     const int64_t i = p.per_channel ? channel : 0;
-    switch (p.type) {
+    switch (Type(opaque(int(p.type)))) {
         case Type::float32: return A(Global<float>(p.data).load_coherent(i));
         case Type::float16: return A(widen(Global<__half>(p.data).load_coherent(i)));
         case Type::bfloat16: return A(widen(Global<__nv_bfloat16>(p.data).load_coherent(i)));

@@ -1,0 +1,146 @@
+"""Warps in every order, and no two accesses that a barrier does not order: starved and reversed runs with the race check on.
+
+A barrier that is missing shows as a race, as a number that nobody wrote, or as a wrong result, depending on who runs first; starved orders
+let some warps lag as far as the barriers allow. What is asked of memory is the same in all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from normfused.problem import CHANNEL, NHWC, POSITION, PRE_NORM, RMS, SAMPLE_GROUP
+
+from ..support import cases
+from .cases import SMALL, TINY, Case, Machine
+from .test_norm_act import IDS, ROWS
+from .test_steps import check_steps
+
+ORDERS = [("reverse", 0), ("starve", 1), ("starve", 2)]
+
+# What meets all views, routes, reductions and hand-overs between launches; each as small as it can be
+REPRESENTATIVE: dict[str, dict[str, Any]] = {
+    # wide sets along rows: batch norm and group norm in NCHW
+    "wide rows, single": {"scope": CHANNEL, "shape": (3, 3, 33, 31), "route": "single_pass", "act": "relu"},
+    "wide rows, two": {"scope": CHANNEL, "shape": (3, 3, 33, 31), "route": "two_pass", "act": "relu", "residual": "pre_act"},
+    "wide rows, chunks of a row": {"scope": SAMPLE_GROUP, "groups": 1, "shape": (1, 2, 9000), "route": "two_pass", "act": "silu"},
+    "wide rows, several channels": {"scope": SAMPLE_GROUP, "groups": 2, "shape": (2, 24, 40), "route": "single_pass", "act": "prelu"},
+    "wide rows, teams of warps": {"scope": SAMPLE_GROUP, "groups": 1, "shape": (2, 3, 1001), "route": "single_pass", "act": "silu"},
+    "wide rows, teams of warps, two": {"scope": SAMPLE_GROUP, "groups": 1, "shape": (2, 3, 2001), "route": "two_pass", "act": "silu"},
+    "several sets to a block": {"scope": SAMPLE_GROUP, "groups": 12, "shape": (3, 12, 5, 3), "route": "single_pass", "act": "relu"},
+    "several sets to a block, two": {"scope": SAMPLE_GROUP, "groups": 6, "shape": (3, 12, 5, 3), "route": "two_pass", "act": "relu"},
+    # narrow sets along columns: the same in NHWC
+    "narrow columns, single": {"scope": CHANNEL, "shape": (3, 12, 8, 7), "layout": NHWC, "route": "single_pass", "act": "relu"},
+    "narrow columns, two": {"scope": CHANNEL, "shape": (3, 12, 24, 21), "layout": NHWC, "route": "two_pass", "act": "prelu"},
+    "narrow columns of groups": {
+        "scope": SAMPLE_GROUP,
+        "groups": 4,
+        "shape": (2, 24, 9, 8),
+        "layout": NHWC,
+        "route": "single_pass",
+        "act": "silu",
+    },
+    "narrow columns of groups, two": {"scope": SAMPLE_GROUP, "groups": 2, "shape": (2, 70, 9, 8), "layout": NHWC, "route": "two_pass"},
+    "groups wider than a block": {"scope": SAMPLE_GROUP, "groups": 1, "shape": (1, 9000, 3), "layout": NHWC, "act": "relu"},
+    # position sets along columns (wide) and along rows (narrow)
+    "position columns": {"scope": POSITION, "shape": (9, 520), "act": "silu"},
+    "position columns, small": {"scope": POSITION, "shape": (40, 24), "act": "gelu", "residual": "pre_act"},
+    "position columns, partly resident": {"scope": POSITION, "shape": (3, 8200), "act": "relu", "residual": PRE_NORM},
+    "position columns, a pass of their own": {"scope": POSITION, "shape": (3, 12000), "act": "relu", "residual": "pre_act"},
+    "position rows": {"scope": POSITION, "shape": (2, 24, 9, 8), "act": "prelu"},
+    "position rows, partly resident": {"scope": POSITION, "rule": RMS, "shape": (2, 2500, 9), "act": "relu", "residual": "pre_act"},
+    # running statistics, masks, learned epsilons
+    "tracked": {"scope": CHANNEL, "shape": (3, 6, 9, 5), "tracked": True, "act": "relu", "residual": "pre_act"},
+    "cumulative": {"scope": CHANNEL, "shape": (3, 6, 9, 5), "tracked": True, "momentum": None, "route": "single_pass"},
+    "cumulative, two": {"scope": CHANNEL, "shape": (3, 6, 9, 5), "layout": NHWC, "tracked": True, "momentum": None, "route": "two_pass"},
+    "cumulative instance": {"scope": SAMPLE_GROUP, "groups": 6, "shape": (3, 6, 9, 5), "tracked": True, "momentum": None},
+    "given": {"scope": CHANNEL, "shape": (3, 6, 9, 5), "tracked": True, "batch_statistics": False, "act": "relu", "residual": "pre_act"},
+    "one epsilon": {
+        "scope": SAMPLE_GROUP,
+        "rule": RMS,
+        "groups": 6,
+        "shape": (3, 6, 9, 5),
+        "eps_weights": 1,
+        "act": "tlu",
+        "shared_act_weight": True,
+    },
+    "shared weight": {"scope": CHANNEL, "shape": (3, 6, 9, 5), "act": "prelu", "shared_act_weight": True},
+}
+TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def make(name: str, **changes: Any) -> Case:
+    dtype = TYPES[list(REPRESENTATIVE).index(name) % 3]
+    return Case(**{"dtype": dtype, "limits": SMALL, **REPRESENTATIVE[name], **changes})
+
+
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_no_races(name: str, order: str, seed: int, machine: Machine) -> None:
+    with machine.mode(order, seed=seed, races=True):
+        make(name).check()
+        assert not machine.message()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 8))
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_no_races_of_any_type(name: str, dtype: torch.dtype, seed: int, machine: Machine) -> None:
+    with machine.mode("starve", seed=seed, races=True):
+        make(name, dtype=dtype, limits=TINY if seed % 2 else SMALL).check()
+
+
+@pytest.mark.parametrize("layout", ["nchw", NHWC])
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+def test_no_races_in_steps(order: str, seed: int, layout: str, machine: Machine) -> None:
+    for shape in ((2, 6, 33, 31), (3, 12, 7)):
+        case = Case(SAMPLE_GROUP, shape=shape, groups=shape[1], layout=layout, act="prelu", residual="pre_act")
+        with machine.mode(order, seed=seed, races=True):
+            check_steps(case, SMALL)
+
+
+def counted(case: Case, machine: Machine, **mode: Any) -> list[dict[str, Any]]:
+    with machine.mode(traffic=True, **mode):
+        out = case.forward()
+        forward = machine.counters()
+        machine.reset()  # scratch may lie elsewhere in the backward
+        case.backward(*out)
+        return [forward, machine.counters()]
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_the_same_is_asked_in_every_order(name: str, machine: Machine) -> None:
+    """Which block is the last one, and sums up, depends on the order; how much it asks for does not."""
+    first = counted(make(name), machine)
+    for order, seed in ORDERS:
+        assert counted(make(name), machine, order=order, seed=seed) == first, (order, seed)
+
+
+def bits(name: str, machine: Machine, **mode: Any) -> list[torch.Tensor]:
+    case = make(name)
+    with machine.mode(**mode):
+        out = case.forward()
+        return [t for t in (*out, *case.backward(*out), *case.running) if t is not None]
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_the_same_bits_in_every_order(name: str, machine: Machine) -> None:
+    """Sums have one order, whoever comes first."""
+    first = bits(name, machine)
+    for order, seed in ORDERS:
+        for one, other in zip(first, bits(name, machine, order=order, seed=seed), strict=True):
+            assert torch.equal(one, other), (order, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_pairs_starved(row: dict[str, Any], seed: int, machine: Machine) -> None:
+    """Every pair of features under other seeds than test_norm_act.py's."""
+    case = Case(**cases.options(row), seed=seed, limits=SMALL)
+    with machine.mode("starve", seed=1000 + seed, races=True):
+        replace(case).check()
