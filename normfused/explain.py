@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import dispatch, ops
 from .activations import Composed, from_module
+from .problem import Problem
 
 _PATHS = {
     "fused": "the backend's kernels; saves x and the moments",
@@ -35,6 +36,7 @@ class Explanation:
     rejected: dict[str, str]
     saved_bytes: int
     input_bytes: int
+    plan: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -43,6 +45,7 @@ class Explanation:
             + (f", residual {self.residual_mode}" if self.residual_mode else ""),
             f"  saved for the backward beside x and parameters: {self.saved_bytes:,} bytes (x: {self.input_bytes:,})",
         ]
+        lines += [f"  {line}" for line in self.plan]
         if self.composed:
             lines.append(f"  {self.composed} is not one of the fused activations: composed after the norm, an extra pass over memory")
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
@@ -92,9 +95,11 @@ def explain(layer_or_function: nn.Module | Callable[..., Any], x: Tensor, *args:
         ops.trace = before
     if not seen:
         raise ValueError(f"explain: {name} ran no operation of normfused")
-    backend, path, scope, rule, activation, residual_mode = seen[0]
+    backend, path, scope, rule, activation, residual_mode, p = seen[0]
+    named = dispatch.get_backend() != "auto" or getattr(target, "backend", None) not in (None, "auto") or "backend" in kwargs
     rejected = {
-        other: reason or ("only when it is named" if other == "reference" else f"auto takes {backend} for {x.device.type} tensors")
+        other: reason
+        or ("only when it is named" if other == "reference" else f"{backend} was named" if named else f"auto takes {backend} here")
         for other, reason in dispatch.reasons(x.device.type, x.dtype).items()
         if other != backend
     }
@@ -110,4 +115,24 @@ def explain(layer_or_function: nn.Module | Callable[..., Any], x: Tensor, *args:
         rejected,
         sum(saved.values()),
         x.numel() * x.element_size(),
+        _plan(backend, p),
     )
+
+
+def _plan(backend: str, p: Problem | None) -> tuple[str, ...]:
+    """How the CUDA kernels run a call, a line per direction; nothing where the pybind11 module is missing."""
+    if backend != "cuda" or p is None:
+        return ()
+    from .backends.cuda import _load
+
+    library = _load.library()
+    lines = []
+    for direction, step in (("forward", "norm_act"), ("backward", "norm_act_backward")):
+        found = None if library is None else library.describe(p, step)
+        if found is None:
+            return ()
+        lines.append(
+            f"{direction}: {found['route']}, {found['blocks']:,} blocks of {found['threads']} threads,"
+            f" {found['shared_bytes']:,} bytes of shared memory each, asks for x {found['reads_of_x']:g}x"
+        )
+    return tuple(lines)

@@ -356,7 +356,7 @@ for _name, _real, _fake in (
     torch.library.register_fake(f"normfused::{_name}", _fake, lib=_library)
 
 _ops = torch.ops.normfused
-trace: list[tuple[str, str, str, str, Activation, str | None]] | None = None  # `explain` listens here
+trace: list[tuple[str, str, str, str, Activation, str | None, Problem | None]] | None = None  # `explain` listens here
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
@@ -586,7 +586,7 @@ def _norm_act_any(
     """x is (N, C, *), or, with ``normalized_shape``, of any shape that ends in it (scope position)."""
     name = dispatch.choose(x.device.type, x.dtype, backend)
     if trace is not None:
-        trace.append((name, path(x, name, scope, rule), scope, rule, act, residual_mode))
+        trace.append((name, path(x, name, scope, rule), scope, rule, act, residual_mode, None))
     if x.numel() == 0:
         return _empty_batch(x, residual, weight, bias, act_weight, eps_weight, counter, batch_statistics, act, residual_mode)
     if path(x, name, scope, rule) == "composite":
@@ -607,6 +607,8 @@ def _norm_act_any(
         residual = dense(residual, layout_of(x))
     static = (scope, rule, groups, batch_statistics, eps, momentum, act.name, act.p0, act.p1, residual_mode, name)
     p = None if _traced(x) else _problem_of(x, *static[:-1])
+    if trace is not None:
+        trace[-1] = (*trace[-1][:-1], p)
     y, _, _, h = _apply_function(
         NormAct, x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, static, p
     )  # fmt: skip
@@ -808,7 +810,7 @@ def slice_norm_act(
     """(y, mean, var) of a checked call; the moments (N, C) are returned for running statistics (None where no pass computed them)."""
     name = dispatch.choose(x.device.type, x.dtype, backend)
     if trace is not None:
-        trace.append((name, "slices", SAMPLE_GROUP, "written in PyTorch", act, residual_mode))
+        trace.append((name, "slices", SAMPLE_GROUP, "written in PyTorch", act, residual_mode, None))
     if x.numel() == 0:
         y, _ = _empty_batch(x, residual, None, None, act_weight, None, None, False, act, residual_mode)
         for t in parameters:

@@ -22,6 +22,11 @@ __attribute__((weak)) void nf_emulation_limits(int processors, int shared_bytes)
 
 namespace normfused {
 
+static const char no_plan[] =
+    "the kernels have no plan for it (more than 2^32 elements of a sample normalized along dim 1, groups among 2^20 or more channels in "
+    "channels_last, or 2^31 blocks); use backend='triton' or 'torch' for this call";
+
+
 #ifdef NF_EMULATION
 
 namespace {
@@ -40,7 +45,7 @@ int driver_version() { return 0; }
 
 const char* error_string(int status) {
     if (status == ok) return "no error";
-    if (status == not_supported) return "the kernels do not support this problem";
+    if (status == not_supported) return no_plan;
     return nf_emulation_message != nullptr ? nf_emulation_message() : "the emulation failed";
 }
 
@@ -144,7 +149,7 @@ bool is_current(int index) {
 
 const char* error_string(int status) {
     if (status == ok) return "no error";
-    if (status == not_supported) return "the kernels do not support this problem";
+    if (status == not_supported) return no_plan;
     return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
 

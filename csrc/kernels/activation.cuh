@@ -20,6 +20,14 @@ template <class A> NF_DEVICE A sigmoid(A z) {  // of -|z|, so that exp cannot ov
     return divide_fast(z < A(0) ? e : A(1), A(1) + e);
 }
 
+// and rest = sigmoid(-z), from the same exponential
+template <class A> NF_DEVICE A sigmoid(A z, A& rest) {
+    const A e = exp_(-abs_(z));
+    const A large = divide_fast(A(1), A(1) + e), small = e * large;
+    rest = z < A(0) ? large : small;
+    return z < A(0) ? small : large;
+}
+
 // z = 20 and more: tanh(softplus(z)) rounds to 1. n = e^z (e^z + 2);  tanh = n/(n+2);  1 - tanh^2 = 4 (n+1)/(n+2)^2
 template <class A> NF_DEVICE A tanh_softplus(A z, A& rest) {
     const A e = exp_(z > A(20) ? A(20) : z);
@@ -107,8 +115,9 @@ template <int kAct, class A, int V> struct Activation {  // V lanes
             case Act::elu: return each(dz, z, weight, [=](A v, A) { return v > A(0) ? A(1) : a * exp_(v); });
             case Act::silu:
                 return each(dz, z, weight, [](A v, A) {
-                    const A s = sigmoid(v);
-                    return s * (A(1) + v * sigmoid(-v));
+                    A rest;
+                    const A s = sigmoid(v, rest);
+                    return s * fma_(v, rest, A(1));
                 });
             case Act::gelu:
                 return each(dz, z, weight, [](A v, A) {
@@ -118,12 +127,14 @@ template <int kAct, class A, int V> struct Activation {  // V lanes
                 return each(dz, z, weight, [](A v, A) {
                     const A u = A(1.5957691216057308) * v * (A(1) + A(0.044715) * v * v);
                     const A slope = A(1.5957691216057308) * (A(1) + A(0.134145) * v * v);
-                    return sigmoid(u) * (A(1) + v * slope * sigmoid(-u));
+                    A rest;
+                    const A s = sigmoid(u, rest);
+                    return s * fma_(v * slope, rest, A(1));
                 });
             case Act::hardswish:
                 return each(dz, z, weight, [](A v, A) { return v <= A(-3) ? A(0) : v >= A(3) ? A(1) : v * A(1.0 / 3) + A(0.5); });
-            case Act::sigmoid: return each(dz, z, weight, [](A v, A) { return sigmoid(v) * sigmoid(-v); });
-            case Act::tanh: return each(dz, z, weight, [](A v, A) { return A(4) * sigmoid(A(2) * v) * sigmoid(A(-2) * v); });
+            case Act::sigmoid: return each(dz, z, weight, [](A v, A) { A rest; return sigmoid(v, rest) * rest; });
+            case Act::tanh: return each(dz, z, weight, [](A v, A) { A rest; return A(4) * sigmoid(A(2) * v, rest) * rest; });
             case Act::mish:
                 return each(dz, z, weight, [](A v, A) {
                     A rest;

@@ -214,7 +214,7 @@ NF_DEVICE void over_narrow_sets(const Call& call, const Slab<T, false>& slab, in
         first[j] = slab.has(j) ? numbers.get(set) : A(0);
         second[j] = slab.has(j) ? numbers.get(columns + set) : A(0);
     }
-    sync_block();  // before the tables are used again
+    // no barrier: the table was read before the last one, and the numbers are written again behind lay_out's
 }
 
 // Values of threads -> of the set, for all threads of it

@@ -369,9 +369,10 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         w.teams = int(std::max<int64_t>(1, std::min<int64_t>(256 / w.team, w.rows)));
         const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(ceil_div(limits.processors * 4, w.slices), w.rows / (int64_t(w.teams) * 4)));
         w.chunk_rows = int(ceil_div(w.rows, wanted));
-        w.chunks = ceil_div(w.rows, w.chunk_rows);
         w.vector_chunks = 1;
         w.chunk_vectors = int(w.slice / V);
+        while (!spans(w) && w.chunk_rows > 1) w.chunk_rows = (w.chunk_rows + 1) / 2;
+        w.chunks = ceil_div(w.rows, w.chunk_rows);
         w.sets_per_block = 1;
         finish_walk(w, false);
         plan.columns_threads = int(round_up(w.team * w.teams, 32));

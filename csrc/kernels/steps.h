@@ -48,8 +48,8 @@ struct Arguments {
     const void* q = nullptr;
     const void* r = nullptr;
     // workspace
-    void* scratch = nullptr;       // plan.scratch_bytes, any content
-    uint32_t* arrivals = nullptr;  // plan.arrivals words that are zero; left zero by the kernels
+    void* scratch = nullptr;       // Requirements::scratch_bytes, any content
+    uint32_t* arrivals = nullptr;  // Requirements::arrivals words that are zero; left zero by the kernels
 };
 
 enum Status : int { ok = 0, not_supported = -1, emulation_failed = -2 };  // positive: a cudaError_t
@@ -68,7 +68,7 @@ Requirements requirements(const Problem& problem, Step step, const Needs& needs,
 // Runs a step. ``args.arrivals`` null means: no pool.
 int run(const Problem& problem, Step step, const Needs& needs, const Limits& limits, const Arguments& args, void* stream);
 
-// One line of JSON about the plan (route, blocks, threads, shared bytes, launches, bytes moved) written to ``text``; its length.
+// One line of JSON about the plan (route, blocks, threads, shared bytes, how often x is read) written to ``text``; its length.
 int describe(const Problem& problem, Step step, const Needs& needs, const Limits& limits, bool pool, char* text, int size);
 
 }  // namespace normfused

@@ -12,7 +12,7 @@
 //   position      nchw   N       C     S      1      rows                 narrow  rows
 //
 // Wide: a set is a whole matrix, and its elements are summed over lanes and threads alike. Narrow: the lanes of a vector may belong
-// to different sets, and every lane has sums of its own. (Sample groups of very many channels in nhwc are wide along columns.)
+// to different sets, and every lane has sums of its own.
 #pragma once
 
 #include <cstdint>

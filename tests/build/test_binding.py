@@ -137,7 +137,10 @@ def test_errors_show_both_sides(answers):
         "moments": "norm_act_backward: mean must have 6 values of Float, got 6 of Double",
         "mask": "norm_act_backward: mask must have 45 values of Byte, got 3 of Byte",
         "code": "norm_act: code must be packed by normfused.backends.cuda._load.pack_code, got 3",
-        "not supported": "norm_act: the kernels do not support this problem",
+        "not supported": (
+            "norm_act: the kernels have no plan for it (more than 2^32 elements of a sample normalized along dim 1, groups among 2^20 or"
+            " more channels in channels_last, or 2^31 blocks); use backend='triton' or 'torch' for this call"
+        ),
         "emulator": "norm_act: the emulation failed",
     }
 

@@ -21,7 +21,7 @@ from ..support import cases
 ROUTES = {None: -1, "single_pass": 0, "two_pass": 1}
 # of a device so small that tensors of a few thousand elements take every branch of a plan
 SMALL = (2, 65536, 65536, 512)
-TINY = (2, 26000, 65536, 512)
+TINY = (2, 40000, 65536, 512)
 
 
 def library() -> ctypes.CDLL:

@@ -406,3 +406,10 @@ def test_the_library_tells_the_same_plan(device: torch.device) -> None:
         same = ("blocks", "threads", "team", "teams", "steps", "batch", "resident", "slice", "chunks", "shared_bytes")
         assert {name: told[name] for name in same} == {name: at[name] for name in same}
         assert told["route"] == ("single_pass", "two_pass", "apply")[at["route"]]
+
+
+def test_what_is_refused_says_so(device: torch.device) -> None:
+    """Not silently: no number is written where there is no plan."""
+    case = Case(SAMPLE_GROUP, shape=(1, 2**20), groups=2, device=device, limits=None)
+    with pytest.raises(RuntimeError, match="do not support"):
+        case.forward()
