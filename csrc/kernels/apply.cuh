@@ -145,7 +145,10 @@ NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const 
     const Arguments& t = call.tensors;
     const Activation<kAct, A, P> act(call.problem);
     const ResidualMode mode = ResidualMode(opaque(int(call.problem.residual_mode)));
-    if (spot.empty()) return;
+    if (spot.empty()) {  // a ragged row may touch fewer vectors than its neighbours; no byte of the mask stays unwritten
+        if (t.mask && slab.has(cursor)) Global<uint8_t>(t.mask).store(slab.mask_at(call.walk, cursor), uint8_t(0));
+        return;
+    }
     c.turn_to(call, slab, spot);
     Vector<T> y;
     unsigned bits = 0;

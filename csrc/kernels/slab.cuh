@@ -95,6 +95,7 @@ template <class T, bool kWide> struct Slab {
         const int rows_done = steps_done / per_row;
         return {row_lane + rows_done * teams, lane + (steps_done - rows_done * per_row) * team};
     }
+    NF_DEVICE bool has(const Cursor& c) const { return c.row < rows && c.vector < vectors; }
     NF_DEVICE bool row_ends(const Cursor& c) const { return c.vector + team >= per_row * team; }
     NF_DEVICE void advance(Cursor& c) const {
         c.vector += team;
