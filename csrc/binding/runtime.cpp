@@ -26,7 +26,6 @@ static const char no_plan[] =
     "the kernels have no plan for it (more than 2^32 elements of a sample normalized along dim 1, groups among 2^20 or more channels in "
     "channels_last, or 2^31 blocks); use backend='triton' or 'torch' for this call";
 
-
 #ifdef NF_EMULATION
 
 namespace {

@@ -296,8 +296,8 @@ void note(const std::string& text) {
 
 // Ends the launch: nobody returns to the fibers
 [[noreturn]] void fault(Site site, const std::string& what) {
-    note(format("%s: %s (kernel %s, block %u, thread %u)", at(site).c_str(), what.c_str(), grid.name, current->block_index,
-                current->index));
+    note(
+        format("%s: %s (kernel %s, block %u, thread %u)", at(site).c_str(), what.c_str(), grid.name, current->block_index, current->index));
     void* forgotten = current->context;
     current = nullptr;
     switch_context(&forgotten, main_context);
@@ -425,8 +425,7 @@ void check_races(Shadow& shadow, int64_t offset, unsigned bytes, bool write, boo
         if (cell.writer != mine && !ordered(cell.writer, *current))
             race(verb, cell.pending ? "copy" : "store", cell.writer, cell.writer_site, where(k * shadow.granule), site);
         if (write) {
-            if (!ordered(cell.reader, *current))
-                race(verb, "load", cell.reader, cell.reader_site, where(k * shadow.granule), site);
+            if (!ordered(cell.reader, *current)) race(verb, "load", cell.reader, cell.reader_site, where(k * shadow.granule), site);
             if (!ordered(cell.other_reader, *current))
                 race(verb, "load", cell.other_reader, cell.other_reader_site, where(k * shadow.granule), site);
             cell = Cell();
@@ -654,8 +653,7 @@ void touch_shared_checked(const View& view, Touch touch, Site site) {
     if (!watching) return;
     watch_shared(owner, address, bytes, view.size, write, false, site);
     if (machine.traffic && &owner == current->block)
-        for (unsigned done = 0; done < bytes; done += 16)
-            count_access(nullptr, write, address + done, std::min(bytes - done, 16u), site);
+        for (unsigned done = 0; done < bytes; done += 16) count_access(nullptr, write, address + done, std::min(bytes - done, 16u), site);
 }
 
 void* shared_at(unsigned byte_offset, int64_t bytes, unsigned alignment, Site site) {
@@ -734,8 +732,7 @@ std::string lanes_text(uint32_t lanes) {
 }
 
 // The last lane of a warp to come calls ``complete`` and lets all go on
-template <class Complete>
-void meet_in_warp(const char* what, Site site, Complete complete) {
+template <class Complete> void meet_in_warp(const char* what, Site site, Complete complete) {
     Warp& warp = *current->warp;
     const uint32_t self = 1u << current->lane;
     if (warp.exited) fault(site, format("%s, but %s of the warp exited", what, lanes_text(warp.exited).c_str()));
@@ -782,8 +779,7 @@ void release(Cluster& cluster) {
 }
 
 // The last thread of a block to come calls ``complete``, which releases the block, now or later
-template <class Complete>
-void meet_in_block(const char* what, Site site, Complete complete) {
+template <class Complete> void meet_in_block(const char* what, Site site, Complete complete) {
     Warp& warp = *current->warp;
     Block& block = *current->block;
     const uint32_t self = 1u << current->lane;
@@ -1072,8 +1068,7 @@ void leave() {
     Warp& warp = *current->warp;
     Block& block = *current->block;
     Cluster& cluster = *block.cluster;
-    if (warp.arrived)
-        fault(warp.site, format("exits with %s of the warp waiting in %s", lanes_text(warp.arrived).c_str(), warp.what));
+    if (warp.arrived) fault(warp.site, format("exits with %s of the warp waiting in %s", lanes_text(warp.arrived).c_str(), warp.what));
     if (block.arrived) fault(block.site, format("exits while %u threads of the block wait in %s", block.arrived, block.what));
     if (current->asynchronous) {
         for (const Copy& copy : current->asynchronous->in) fault(copy.site, "exits before this copy was awaited");
@@ -1227,10 +1222,11 @@ void add_up() {
     machine.shared_total.requests += machine.shared.requests;
     machine.shared_total.wavefronts += machine.shared.wavefronts;
     machine.shared_total.least += machine.shared.least;
-    machine.kernels += format("%s{\"kernel\": \"%s\", \"blocks\": %u, \"threads\": %u, \"shared_bytes\": %u, \"cluster\": %u, "
-                              "\"cooperative\": %s, \"tensors\": {",
-                              machine.kernels.empty() ? "" : ", ", grid.name, grid.blocks, grid.threads, grid.shared_bytes, grid.cluster,
-                              grid.cooperative ? "true" : "false");
+    machine.kernels += format(
+        "%s{\"kernel\": \"%s\", \"blocks\": %u, \"threads\": %u, \"shared_bytes\": %u, \"cluster\": %u, "
+        "\"cooperative\": %s, \"tensors\": {",
+        machine.kernels.empty() ? "" : ", ", grid.name, grid.blocks, grid.threads, grid.shared_bytes, grid.cluster,
+        grid.cooperative ? "true" : "false");
     machine.kernels += of_tensors + "}, \"shared\": " + json_of(machine.shared) + "}";
 }
 
@@ -1396,8 +1392,7 @@ int nf_emulation_counters(const char* tensor, long long out[8]) {
 
 const char* nf_emulation_tensors() {
     std::string text = format("{\"launches\": %lld, \"tensors\": {", machine.launches);
-    for (auto& entry : machine.totals)
-        text += (text.back() == '{' ? "\"" : ", \"") + entry.first + "\": " + json_of(entry.second);
+    for (auto& entry : machine.totals) text += (text.back() == '{' ? "\"" : ", \"") + entry.first + "\": " + json_of(entry.second);
     machine.answer = text + "}, \"shared\": " + json_of(machine.shared_total) + ", \"kernels\": [" + machine.kernels + "]}";
     return machine.answer.c_str();
 }
@@ -1411,8 +1406,8 @@ void nf_emulation_skip(const char* file_suffix, int line) {
 const char* nf_emulation_sites() {
     std::string text = "[";
     for (const Met& m : met)
-        text += format("%s{\"file\": \"%s\", \"line\": %d, \"what\": \"%s\"}", text.size() > 1 ? ", " : "", m.site.file, m.site.line,
-                       m.what);
+        text +=
+            format("%s{\"file\": \"%s\", \"line\": %d, \"what\": \"%s\"}", text.size() > 1 ? ", " : "", m.site.file, m.site.line, m.what);
     machine.answer = text + "]";
     return machine.answer.c_str();
 }

@@ -41,7 +41,8 @@ template <int kAct, class A, int V> struct Activation {  // V lanes
     Act act;
     A p0, p1;
 
-    NF_DEVICE Activation(const Problem& p) : act(kAct == any_act ? Act(opaque(int(p.act))) : Act(kAct)), p0(p.act == Act::relu ? A(0) : A(p.p0)), p1(A(p.p1)) {}
+    NF_DEVICE Activation(const Problem& p)
+        : act(kAct == any_act ? Act(opaque(int(p.act))) : Act(kAct)), p0(p.act == Act::relu ? A(0) : A(p.p0)), p1(A(p.p1)) {}
 
     NF_DEVICE Act which() const { return kAct == any_act ? act : Act(kAct); }
     NF_DEVICE A high() const { return which() == Act::hardsigmoid ? A(1) / A(6) : A(1); }
@@ -88,7 +89,11 @@ template <int kAct, class A, int V> struct Activation {  // V lanes
                 return each(z, weight, [](A v, A) { return (v < A(-3) ? A(0) : v > A(3) ? A(6) : v + A(3)) * A(1.0 / 6); });
             case Act::sigmoid: return each(z, weight, [](A v, A) { return sigmoid(v); });
             case Act::tanh: return each(z, weight, [](A v, A) { return tanh_(v); });
-            case Act::mish: return each(z, weight, [](A v, A) { A rest; return v * tanh_softplus(v, rest); });
+            case Act::mish:
+                return each(z, weight, [](A v, A) {
+                    A rest;
+                    return v * tanh_softplus(v, rest);
+                });
             case Act::softplus:
                 return each(z, weight, [=](A v, A) {
                     const A u = v * a;
@@ -133,8 +138,16 @@ template <int kAct, class A, int V> struct Activation {  // V lanes
                 });
             case Act::hardswish:
                 return each(dz, z, weight, [](A v, A) { return v <= A(-3) ? A(0) : v >= A(3) ? A(1) : v * A(1.0 / 3) + A(0.5); });
-            case Act::sigmoid: return each(dz, z, weight, [](A v, A) { A rest; return sigmoid(v, rest) * rest; });
-            case Act::tanh: return each(dz, z, weight, [](A v, A) { A rest; return A(4) * sigmoid(A(2) * v, rest) * rest; });
+            case Act::sigmoid:
+                return each(dz, z, weight, [](A v, A) {
+                    A rest;
+                    return sigmoid(v, rest) * rest;
+                });
+            case Act::tanh:
+                return each(dz, z, weight, [](A v, A) {
+                    A rest;
+                    return A(4) * sigmoid(A(2) * v, rest) * rest;
+                });
             case Act::mish:
                 return each(dz, z, weight, [](A v, A) {
                     A rest;

@@ -84,7 +84,8 @@ template <class T, bool kWide, bool kRows> struct Coefficients {
                 rstd[j] = there ? scales.load_coherent(set) : A(0);
                 shift[j] = there ? fma_(rstd[j], mean[j], shifts.load_coherent(set)) : A(0);
             }
-            if constexpr (!kRows) load_channels(t.act_weight, slab.column0 + slab.column(0), 0, min_(slab.columns - slab.column(0), V), A(0), act_weight);
+            if constexpr (!kRows)
+                load_channels(t.act_weight, slab.column0 + slab.column(0), 0, min_(slab.columns - slab.column(0), V), A(0), act_weight);
         }
     }
 };
@@ -92,8 +93,8 @@ template <class T, bool kWide, bool kRows> struct Coefficients {
 // Moments that the threads hold, or (``gather``) that an earlier launch left, -> statistics of the sets, stored once and for every lane.
 // Lanes beyond the tensor get zeros.
 template <class T, bool kWide, bool kRows>
-NF_DEVICE void finish_sets(const Call& call, const Slab<T, kWide>& slab, const Moments<AccumulatorOf<T>> (&m)[sum_lanes<T, kWide>], bool gather,
-                           int64_t batches_before, Coefficients<T, kWide, kRows>& c) {
+NF_DEVICE void finish_sets(const Call& call, const Slab<T, kWide>& slab, const Moments<AccumulatorOf<T>> (&m)[sum_lanes<T, kWide>],
+                           bool gather, int64_t batches_before, Coefficients<T, kWide, kRows>& c) {
     using A = AccumulatorOf<T>;
     const bool stores = slab.chunk == 0;  // of all slabs that know the set
     if constexpr (kWide) {
@@ -111,12 +112,13 @@ NF_DEVICE void finish_sets(const Call& call, const Slab<T, kWide>& slab, const M
             return Pair<A>{s.mean, s.rstd};
         };
         if (gather) {
-            over_narrow_sets<T, Moments<A>>(call, slab, int(call.partials), partial_reader<T, Moments<A>>(call, slab), on_column, on_set, c.mean, c.rstd);
+            over_narrow_sets<T, Moments<A>>(call, slab, int(call.partials), partial_reader<T, Moments<A>>(call, slab), on_column, on_set,
+                                            c.mean, c.rstd);
         } else {
             lay_out(call, slab, m);
             const Table<A, Moments<A>> table(call.scratch_offset, slab.teams, slab.team * vector_size<T>);
-            over_narrow_sets<T, Moments<A>>(call, slab, slab.teams, [&](int row, int column) { return table.get(row, column); }, on_column, on_set,
-                                            c.mean, c.rstd);
+            over_narrow_sets<T, Moments<A>>(
+                call, slab, slab.teams, [&](int row, int column) { return table.get(row, column); }, on_column, on_set, c.mean, c.rstd);
         }
     }
 }
@@ -157,7 +159,8 @@ NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const 
         A z[P], weight[kRows ? 1 : P];
         c.act_weights(part, weight);
         NF_UNROLL
-        for (int j = 0; j < P; ++j) z[j] = fma_(c.scale(part + j), c.centred(widen(x.data[part + j]), part + j), c.shift[kRows ? 0 : part + j]);
+        for (int j = 0; j < P; ++j)
+            z[j] = fma_(c.scale(part + j), c.centred(widen(x.data[part + j]), part + j), c.shift[kRows ? 0 : part + j]);
         if (mode == ResidualMode::pre_act) {
             NF_UNROLL
             for (int j = 0; j < P; ++j) z[j] += widen(residual.data[part + j]);
@@ -175,8 +178,9 @@ NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const 
 }
 
 // The second pass over a slab, backwards. ``held``: the first pass was in this kernel and left the last batch in registers.
-template <class T, bool kWide, bool kRows, int kAct, int K>
-NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab, bool held, Vector<T> (&batch)[K], Coefficients<T, kWide, kRows>& c) {
+template <class T, bool kWide, bool kRows, int kAct, int K> NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab,
+                                                                                      bool held, Vector<T> (&batch)[K],
+                                                                                      Coefficients<T, kWide, kRows>& c) {
     const Arguments& t = call.tensors;
     const ResidualMode mode = call.problem.residual_mode;
     const bool adds = mode == ResidualMode::pre_act || mode == ResidualMode::post_act;
@@ -193,7 +197,8 @@ NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab, bool hel
             cursors[k] = cursor;
             spots[k] = slab.spot(cursor);
         }
-        recall<T, kWide, K>(call, slab, b, held ? batches : batches + 1, spots, source, kWide != kRows && mode == ResidualMode::pre_norm, 0, batch);
+        recall<T, kWide, K>(call, slab, b, held ? batches : batches + 1, spots, source, kWide != kRows && mode == ResidualMode::pre_norm, 0,
+                            batch);
         Vector<T> residual[K] = {};
         if (adds) {
             NF_UNROLL

@@ -98,8 +98,7 @@ inline bool impossible(const LaunchConfig& config) {
 #ifdef NF_EMULATION
 
 // 0, or a cudaError_t, or simt::failed after a reported fault
-template <class Arguments>
-int launch(void (*kernel)(Arguments), const LaunchConfig& config, const Arguments& arguments) {
+template <class Arguments> int launch(void (*kernel)(Arguments), const LaunchConfig& config, const Arguments& arguments) {
     static_assert(std::is_trivially_copyable<Arguments>::value, "kernels take one plain struct");
     auto call = [](const void* kernel_and_arguments) {
         auto both = static_cast<const void* const*>(kernel_and_arguments);
@@ -133,8 +132,7 @@ inline cudaError_t allow_shared_bytes(const void* kernel, uint32_t bytes) {
     return error;
 }
 
-template <class Arguments>
-int launch(void (*kernel)(Arguments), const LaunchConfig& config, const Arguments& arguments) {
+template <class Arguments> int launch(void (*kernel)(Arguments), const LaunchConfig& config, const Arguments& arguments) {
     static_assert(std::is_trivially_copyable<Arguments>::value, "kernels take one plain struct");
     if (impossible(config)) return cudaErrorInvalidConfiguration;
     const void* function = reinterpret_cast<const void*>(kernel);
@@ -206,16 +204,14 @@ NF_DEVICE unsigned cluster_blocks() {
 }
 
 // N values that are loaded or stored as one. N*sizeof(T): a power of two; more than 16 bytes take several accesses.
-template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
+template <class T, int N> struct alignas(sizeof(T) * N) Pack {
     T data[N];
     NF_HOST_DEVICE T& operator[](int i) { return data[i]; }
     NF_HOST_DEVICE const T& operator[](int i) const { return data[i]; }
 };
 
 // Between float, double, half and bfloat16, rounding to nearest even
-template <class To, class From>
-NF_HOST_DEVICE To convert(From value) {
+template <class To, class From> NF_HOST_DEVICE To convert(From value) {
     if constexpr (std::is_same<To, From>::value) {
         return value;
     } else if constexpr (std::is_same<From, __half>::value) {
@@ -239,11 +235,21 @@ NF_HOST_DEVICE To convert(From value) {
 namespace raw {
 
 template <int bytes> struct Word;
-template <> struct Word<1> { using type = unsigned char; };
-template <> struct Word<2> { using type = unsigned short; };
-template <> struct Word<4> { using type = unsigned; };
-template <> struct Word<8> { using type = uint2; };
-template <> struct Word<16> { using type = uint4; };
+template <> struct Word<1> {
+    using type = unsigned char;
+};
+template <> struct Word<2> {
+    using type = unsigned short;
+};
+template <> struct Word<4> {
+    using type = unsigned;
+};
+template <> struct Word<8> {
+    using type = uint2;
+};
+template <> struct Word<16> {
+    using type = uint4;
+};
 
 // The widest access that serves a value of so many bytes, and how many of them it takes
 template <class V> using WordOf = typename Word<(sizeof(V) < 16 ? sizeof(V) : 16)>::type;
@@ -257,22 +263,25 @@ NF_DEVICE unsigned long long evict_last_policy() {
 NF_DEVICE uint4 load_evict_last(const uint4* p) {
     uint4 v;
     asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(__cvta_generic_to_global(p)), "l"(evict_last_policy()) : "memory");
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(__cvta_generic_to_global(p)), "l"(evict_last_policy())
+                 : "memory");
     return v;
 }
 NF_DEVICE uint4 load_read_only_evict_last(const uint4* p) {
     uint4 v;
     asm("ld.global.nc.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(__cvta_generic_to_global(p)), "l"(evict_last_policy()));
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(__cvta_generic_to_global(p)), "l"(evict_last_policy()));
     return v;
 }
 NF_DEVICE void store_evict_last(uint4* p, uint4 v) {
-    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;"
-                 :: "l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "l"(evict_last_policy()) : "memory");
+    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w), "l"(evict_last_policy())
+                 : "memory");
 }
 
-template <class W>
-NF_DEVICE W load_word(const W* p, bool read_only, Cache cache) {
+template <class W> NF_DEVICE W load_word(const W* p, bool read_only, Cache cache) {
     if constexpr (std::is_same<W, uint4>::value) {
         if (cache == Cache::evict_last) return read_only ? load_read_only_evict_last(p) : load_evict_last(p);
     }
@@ -280,50 +289,50 @@ NF_DEVICE W load_word(const W* p, bool read_only, Cache cache) {
     if (read_only) return __ldg(p);
     if constexpr (std::is_same<W, uint4>::value) {  // written out: a plain access of 16 bytes may be split
         uint4 v;
-        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(__cvta_generic_to_global(p)) : "memory");
+        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "l"(__cvta_generic_to_global(p))
+                     : "memory");
         return v;
     } else {
         __builtin_assume(__isGlobal(p));
         return *p;
     }
 }
-template <class W>
-NF_DEVICE void store_word(W* p, W value, Cache cache) {
+template <class W> NF_DEVICE void store_word(W* p, W value, Cache cache) {
     if constexpr (std::is_same<W, uint4>::value) {
         if (cache == Cache::evict_last) return store_evict_last(p, value);
     }
     if (cache == Cache::evict_first) return __stcs(p, value);
     if constexpr (std::is_same<W, uint4>::value) {  // as above; without it ptxas is given four stores of 4 bytes
-        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(value.x), "r"(value.y),
+                     "r"(value.z), "r"(value.w)
+                     : "memory");
     } else {
         __builtin_assume(__isGlobal(p));
         *p = value;
     }
 }
-template <class V>
-NF_DEVICE V load(const void* p, bool read_only, Cache cache) {
+template <class V> NF_DEVICE V load(const void* p, bool read_only, Cache cache) {
     WordOf<V> words[words_of<V>];
     NF_UNROLL for (int k = 0; k < words_of<V>; ++k) words[k] = load_word(static_cast<const WordOf<V>*>(p) + k, read_only, cache);
     V value;
     memcpy(&value, words, sizeof(V));
     return value;
 }
-template <class V>
-NF_DEVICE void store(void* p, const V& value, Cache cache) {
+template <class V> NF_DEVICE void store(void* p, const V& value, Cache cache) {
     WordOf<V> words[words_of<V>];
     memcpy(words, &value, sizeof(V));
     NF_UNROLL for (int k = 0; k < words_of<V>; ++k) store_word(static_cast<WordOf<V>*>(p) + k, words[k], cache);
 }
-template <class V>
-NF_DEVICE V load_shared(const void* p) {
+template <class V> NF_DEVICE V load_shared(const void* p) {
     WordOf<V> words[words_of<V>];
     NF_UNROLL for (int k = 0; k < words_of<V>; ++k) words[k] = static_cast<const WordOf<V>*>(p)[k];
     V value;
     memcpy(&value, words, sizeof(V));
     return value;
 }
-template <class V>
-NF_DEVICE void store_shared(void* p, const V& value) {
+template <class V> NF_DEVICE void store_shared(void* p, const V& value) {
     WordOf<V> words[words_of<V>];
     memcpy(words, &value, sizeof(V));
     NF_UNROLL for (int k = 0; k < words_of<V>; ++k) static_cast<WordOf<V>*>(p)[k] = words[k];
@@ -336,9 +345,8 @@ NF_DEVICE unsigned shared_address(const void* p) { return static_cast<unsigned>(
 // ------------------------------------------------------------------------------------------------------------------- global memory
 
 // A tensor in global memory, from some element on. Indices count elements of T; that of a pack is a multiple of N from an aligned start.
-template <class T>
-class Global {
-public:
+template <class T> class Global {
+   public:
     using value_type = std::remove_const_t<T>;
     using pointer = std::conditional_t<std::is_const<T>::value, const void*, void*>;
 
@@ -355,16 +363,14 @@ public:
     }
 
     // By the read-only path: of what no thread of the launch writes
-    template <int N>
-    NF_DEVICE Pack<value_type, N> load(int64_t i, Cache cache = Cache::normal, Site site = Site::here()) const {
+    template <int N> NF_DEVICE Pack<value_type, N> load(int64_t i, Cache cache = Cache::normal, Site site = Site::here()) const {
         return get<Pack<value_type, N>, true>(i, cache, site);
     }
     NF_DEVICE value_type load(int64_t i, Cache cache = Cache::normal, Site site = Site::here()) const {
         return get<value_type, true>(i, cache, site);
     }
     // Of what the launch may also write: coherent across a barrier that orders the two
-    template <int N>
-    NF_DEVICE Pack<value_type, N> load_coherent(int64_t i, Cache cache = Cache::normal, Site site = Site::here()) const {
+    template <int N> NF_DEVICE Pack<value_type, N> load_coherent(int64_t i, Cache cache = Cache::normal, Site site = Site::here()) const {
         return get<Pack<value_type, N>, false>(i, cache, site);
     }
     NF_DEVICE value_type load_coherent(int64_t i, Cache cache = Cache::normal, Site site = Site::here()) const {
@@ -378,9 +384,8 @@ public:
         put(i, value, cache, site);
     }
 
-private:
-    template <class V, bool read_only>
-    NF_DEVICE V get(int64_t i, Cache cache, Site site) const {
+   private:
+    template <class V, bool read_only> NF_DEVICE V get(int64_t i, Cache cache, Site site) const {
         NF_ON_DEVICE(return raw::load<V>(at_ + i, read_only, cache);)
 #ifdef NF_EMULATION
         (void)cache;
@@ -390,8 +395,7 @@ private:
         return value;
 #endif
     }
-    template <class V>
-    NF_DEVICE void put(int64_t i, const V& value, Cache cache, Site site) const {
+    template <class V> NF_DEVICE void put(int64_t i, const V& value, Cache cache, Site site) const {
         static_assert(!std::is_const<T>::value, "a Global<const T> cannot store");
         NF_ON_DEVICE(raw::store(at_ + i, value, cache);)
 #ifdef NF_EMULATION
@@ -416,16 +420,13 @@ extern __shared__ __align__(128) unsigned char nf_dynamic_shared_memory[];
 #endif
 
 // count() elements of the block's dynamic shared memory, or of another block of the cluster. No content before it is written.
-template <class T>
-class Shared {
-public:
+template <class T> class Shared {
+   public:
     Shared() = default;
     NF_DEVICE int count() const { return count_; }
 
-    template <int N>
-    NF_DEVICE Pack<T, N> load(int i, Site site = Site::here()) const { return read<Pack<T, N>>(i, N, site); }
-    template <int N>
-    NF_DEVICE void store(int i, const Pack<T, N>& value, Site site = Site::here()) const { write(i, N, value, site); }
+    template <int N> NF_DEVICE Pack<T, N> load(int i, Site site = Site::here()) const { return read<Pack<T, N>>(i, N, site); }
+    template <int N> NF_DEVICE void store(int i, const Pack<T, N>& value, Site site = Site::here()) const { write(i, N, value, site); }
     NF_DEVICE T get(int i, Site site = Site::here()) const { return read<T>(i, 1, site); }
     NF_DEVICE void set(int i, T value, Site site = Site::here()) const { write(i, 1, value, site); }
 
@@ -449,9 +450,8 @@ public:
         return view;
     }
 
-private:
-    template <class V>
-    NF_DEVICE V read(int i, int n, Site site) const {
+   private:
+    template <class V> NF_DEVICE V read(int i, int n, Site site) const {
         (void)n, (void)site;
         NF_ON_DEVICE(return raw::load_shared<V>(at_ + i);)
 #ifdef NF_EMULATION
@@ -461,8 +461,7 @@ private:
         return value;
 #endif
     }
-    template <class V>
-    NF_DEVICE void write(int i, int n, const V& value, Site site) const {
+    template <class V> NF_DEVICE void write(int i, int n, const V& value, Site site) const {
         (void)n, (void)site;
         NF_ON_DEVICE(raw::store_shared(at_ + i, value);)
 #ifdef NF_EMULATION
@@ -477,8 +476,7 @@ private:
     friend struct Machine;
 };
 
-template <class T>
-NF_DEVICE Shared<T> shared_at(unsigned byte_offset, int count, Site site = Site::here()) {
+template <class T> NF_DEVICE Shared<T> shared_at(unsigned byte_offset, int count, Site site = Site::here()) {
     Shared<T> view;
     (void)site;
     NF_ON_DEVICE(view.at_ = reinterpret_cast<T*>(nf_dynamic_shared_memory + byte_offset);)
@@ -518,7 +516,7 @@ NF_DEVICE void sync_cluster(Site site = Site::here()) {
     (void)site;
     NF_EMULATED(simt::sync_cluster(site);)
 #ifndef NF_EMULATION
-    NF_SM90(asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");)
+    NF_SM90(asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" :: : "memory");)
 #endif
 }
 
@@ -569,8 +567,7 @@ NF_DEVICE bool last_to_arrive(Global<uint32_t> word, unsigned parties, Site site
 // ------------------------------------------------------------------------------------------------------------------------ shuffles
 
 #ifdef NF_EMULATION
-template <class T>
-T shuffled(T value, unsigned source, Site site) {
+template <class T> T shuffled(T value, unsigned source, Site site) {
     static_assert(std::is_arithmetic<T>::value && (sizeof(T) == 4 || sizeof(T) == 8), "float, double, int32 or uint32");
     uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof(T));
@@ -581,21 +578,18 @@ T shuffled(T value, unsigned source, Site site) {
 #endif
 
 // Of float, double, int32_t, uint32_t, among all lanes of a full warp; no ordering of memory
-template <class T>
-NF_DEVICE T shuffle_xor(T value, unsigned mask, Site site = Site::here()) {
+template <class T> NF_DEVICE T shuffle_xor(T value, unsigned mask, Site site = Site::here()) {
     (void)site;
     NF_ON_DEVICE(return __shfl_xor_sync(0xffffffffu, value, mask);)
     NF_EMULATED(return shuffled(value, lane_index() ^ mask, site);)
 }
 // The last ``delta`` lanes keep their own
-template <class T>
-NF_DEVICE T shuffle_down(T value, unsigned delta, Site site = Site::here()) {
+template <class T> NF_DEVICE T shuffle_down(T value, unsigned delta, Site site = Site::here()) {
     (void)site;
     NF_ON_DEVICE(return __shfl_down_sync(0xffffffffu, value, delta);)
     NF_EMULATED(return shuffled(value, lane_index() + delta < 32 ? lane_index() + delta : lane_index(), site);)
 }
-template <class T>
-NF_DEVICE T shuffle(T value, unsigned source_lane, Site site = Site::here()) {
+template <class T> NF_DEVICE T shuffle(T value, unsigned source_lane, Site site = Site::here()) {
     (void)site;
     NF_ON_DEVICE(return __shfl_sync(0xffffffffu, value, source_lane);)
     NF_EMULATED(return shuffled(value, source_lane & 31, site);)
@@ -604,8 +598,7 @@ NF_DEVICE T shuffle(T value, unsigned source_lane, Site site = Site::here()) {
 // ------------------------------------------------------------------------------------------------------------- asynchronous copies
 
 // 16 bytes from global to shared memory by the calling thread, which may read them after copy_async_wait(), the block after a barrier
-template <int N, class T, class S>
-NF_DEVICE void copy_async(Shared<T> to, int i, Global<S> from, int64_t j, Site site = Site::here()) {
+template <int N, class T, class S> NF_DEVICE void copy_async(Shared<T> to, int i, Global<S> from, int64_t j, Site site = Site::here()) {
     static_assert(std::is_same<T, std::remove_const_t<S>>::value, "one type");
     static_assert(N * sizeof(T) == 16, "16 bytes");
     (void)site;
@@ -615,12 +608,11 @@ NF_DEVICE void copy_async(Shared<T> to, int i, Global<S> from, int64_t j, Site s
                                  Machine::pointer(from) + j, site);)
 }
 NF_DEVICE void copy_async_commit() {
-    NF_ON_DEVICE(asm volatile("cp.async.commit_group;" ::: "memory");)
+    NF_ON_DEVICE(asm volatile("cp.async.commit_group;" :: : "memory");)
     NF_EMULATED(simt::copy_async_commit();)
 }
 // Until at most ``pending`` of the groups committed last are under way
-template <int pending>
-NF_DEVICE void copy_async_wait(Site site = Site::here()) {
+template <int pending> NF_DEVICE void copy_async_wait(Site site = Site::here()) {
     (void)site;
     NF_ON_DEVICE(asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");)
     NF_EMULATED(simt::copy_async_wait(pending, site);)
@@ -629,14 +621,15 @@ NF_DEVICE void copy_async_wait(Site site = Site::here()) {
 // Counts the bytes of bulk copies into shared memory. One thread calls init(1), then the block syncs; per phase (0, 1, 0, ...) one thread
 // calls expect_bytes() and starts copies of as many bytes in total, and every reader waits for the phase. 8 bytes of shared memory.
 class BulkBarrier {
-public:
+   public:
     NF_DEVICE explicit BulkBarrier(void* at) : at_(at) {}
     NF_DEVICE void init(unsigned arrivals, Site site = Site::here()) const {
         (void)site, (void)arrivals;
         NF_EMULATED(simt::bulk_init(at_, arrivals, site);)
 #ifndef NF_EMULATION
         NF_SM90(asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n\tfence.mbarrier_init.release.cluster;\n\t"
-                             "fence.proxy.async.shared::cta;" ::"r"(raw::shared_address(at_)), "r"(arrivals) : "memory");)
+                             "fence.proxy.async.shared::cta;" ::"r"(raw::shared_address(at_)),
+                             "r"(arrivals) : "memory");)
 #endif
     }
     // Counts as the arrival of the calling thread
@@ -653,11 +646,12 @@ public:
         NF_EMULATED(simt::bulk_wait(at_, phase, site);)
 #ifndef NF_EMULATION
         NF_SM90(asm volatile("{\n\t.reg .pred done;\n\tAGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
-                             "@!done bra AGAIN;\n\t}" ::"r"(raw::shared_address(at_)), "r"(phase & 1) : "memory");)
+                             "@!done bra AGAIN;\n\t}" ::"r"(raw::shared_address(at_)),
+                             "r"(phase & 1) : "memory");)
 #endif
     }
 
-private:
+   private:
     void* at_;
     friend struct Machine;
 };
@@ -676,32 +670,31 @@ NF_DEVICE void copy_bulk(Shared<T> to, int i, Global<S> from, int64_t j, int cou
     NF_EMULATED(simt::copy_bulk({Machine::pointer(to), i, count, to.count(), int(sizeof(T))}, Machine::origin(from),
                                 Machine::pointer(from) + j, Machine::pointer(barrier), site);)
 #ifndef NF_EMULATION
-    NF_SM90(asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                         ::"r"(raw::shared_address(Machine::pointer(to) + i)), "l"(__cvta_generic_to_global(Machine::pointer(from) + j)),
-                         "r"(static_cast<unsigned>(count * sizeof(T))), "r"(raw::shared_address(Machine::pointer(barrier))) : "memory");)
+    NF_SM90(asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                             raw::shared_address(Machine::pointer(to) + i)),
+                         "l"(__cvta_generic_to_global(Machine::pointer(from) + j)), "r"(static_cast<unsigned>(count * sizeof(T))),
+                         "r"(raw::shared_address(Machine::pointer(barrier))) : "memory");)
 #endif
 }
 // Shared to global. What other threads wrote to the source: each of them calls fence_bulk(), then a barrier, then one thread copies.
-template <class T>
-NF_DEVICE void copy_bulk(Global<T> to, int64_t j, Shared<T> from, int i, int count, Site site = Site::here()) {
+template <class T> NF_DEVICE void copy_bulk(Global<T> to, int64_t j, Shared<T> from, int i, int count, Site site = Site::here()) {
     (void)site, (void)to, (void)i, (void)from, (void)j, (void)count;
     NF_EMULATED(simt::copy_bulk_out({Machine::pointer(from), i, count, from.count(), int(sizeof(T))}, Machine::origin(to),
                                     Machine::pointer(to) + j, site);)
 #ifndef NF_EMULATION
-    NF_SM90(asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
-                         ::"l"(__cvta_generic_to_global(Machine::pointer(to) + j)), "r"(raw::shared_address(Machine::pointer(from) + i)),
-                         "r"(static_cast<unsigned>(count * sizeof(T))) : "memory");)
+    NF_SM90(asm volatile(
+                "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(Machine::pointer(to) + j)),
+                "r"(raw::shared_address(Machine::pointer(from) + i)), "r"(static_cast<unsigned>(count * sizeof(T))) : "memory");)
 #endif
 }
 NF_DEVICE void copy_bulk_commit() {
     NF_EMULATED(simt::copy_bulk_commit();)
 #ifndef NF_EMULATION
-    NF_SM90(asm volatile("cp.async.bulk.commit_group;" ::: "memory");)
+    NF_SM90(asm volatile("cp.async.bulk.commit_group;" :: : "memory");)
 #endif
 }
 // By the thread that copied out, before it exits or the source is written again: until at most ``pending`` groups are under way
-template <int pending>
-NF_DEVICE void copy_bulk_wait(Site site = Site::here()) {
+template <int pending> NF_DEVICE void copy_bulk_wait(Site site = Site::here()) {
     (void)site;
     NF_EMULATED(simt::copy_bulk_wait(pending, site);)
 #ifndef NF_EMULATION
@@ -711,7 +704,7 @@ NF_DEVICE void copy_bulk_wait(Site site = Site::here()) {
 // Makes this thread's writes to shared memory visible to bulk copies, or its reads precede them
 NF_DEVICE void fence_bulk() {
 #ifndef NF_EMULATION
-    NF_SM90(asm volatile("fence.proxy.async.shared::cta;" ::: "memory");)
+    NF_SM90(asm volatile("fence.proxy.async.shared::cta;" :: : "memory");)
 #endif
 }
 

@@ -36,7 +36,8 @@ template <class T, int kSums> NF_DEVICE Sums<AccumulatorOf<T>, kSums> gather_row
 }
 
 // Gradients of the parameters of one channel of one set, from sums that no weight has joined yet
-template <class A, int kSums> NF_DEVICE void finish_channel(const Call& call, int64_t n, int64_t channel, const Sums<A, kSums>& sums, A rstd) {
+template <class A, int kSums>
+NF_DEVICE void finish_channel(const Call& call, int64_t n, int64_t channel, const Sums<A, kSums>& sums, A rstd) {
     const Arguments& t = call.tensors;
     if (!call.needs.parameters) return;
     if (call.problem.scope != Scope::channel) return store_channel_sums(call, n, channel, sums);
@@ -48,10 +49,11 @@ template <class A, int kSums> NF_DEVICE void finish_channel(const Call& call, in
 }
 
 // A channel's gradients, if the sums are a channel's; then the weight joins them
-template <class T, bool kWide, int kSums>
-NF_DEVICE void join_weight(const Call& call, const Slab<T, kWide>& slab, int64_t set, int64_t channel, bool stores, Sums<AccumulatorOf<T>, kSums>& sums) {
+template <class T, bool kWide, int kSums> NF_DEVICE void join_weight(const Call& call, const Slab<T, kWide>& slab, int64_t set,
+                                                                     int64_t channel, bool stores, Sums<AccumulatorOf<T>, kSums>& sums) {
     using A = AccumulatorOf<T>;
-    if (stores) finish_channel(call, quotient(slab.outer, call.walk.period), channel, sums, Global<A>(call.tensors.rstd).load_coherent(set));
+    if (stores)
+        finish_channel(call, quotient(slab.outer, call.walk.period), channel, sums, Global<A>(call.tensors.rstd).load_coherent(set));
     const A weight = load_parameter(call.tensors.weight, channel, A(1));
     sums.of[sum_dz] *= weight;
     sums.of[sum_dz_xc] *= weight;
@@ -69,14 +71,17 @@ template <class A, int kSums> NF_DEVICE Pair<A> finish_gradient(const Call& call
 // Sums that the threads hold, or (``gather``) that an earlier launch left, -> q and r of every lane's set; on the way, the gradients per
 // channel where sums are a channel's
 template <class T, bool kWide, bool kRows, int kSums>
-NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>], bool gather,
-                                GradientCoefficients<T, kWide>& g) {
+NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>],
+                                bool gather, GradientCoefficients<T, kWide>& g) {
     using A = AccumulatorOf<T>;
     using Value = Sums<A, kSums>;
     const bool stores = slab.chunk == 0;
     if constexpr (kWide) {
         const bool of_channel = kRows && call.walk.one_channel;
-        Value sums = over_wide_set(call, slab, !gather ? sets[0] : of_channel ? gather_partials<T, Value>(call, slab) : gather_rows<T, kSums>(call, slab));
+        Value sums = over_wide_set(call, slab,
+                                   !gather      ? sets[0]
+                                   : of_channel ? gather_partials<T, Value>(call, slab)
+                                                : gather_rows<T, kSums>(call, slab));
         if (!slab.live) return;
         if (of_channel) join_weight(call, slab, slab.outer, slab.channel0, stores && slab.speaks(), sums);
         const Pair<A> pair = finish_gradient(call, slab.outer, sums);
@@ -95,7 +100,8 @@ NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Su
         } else {
             lay_out(call, slab, sets);
             const Table<A, Value> table(call.scratch_offset, slab.teams, slab.team * vector_size<T>);
-            over_narrow_sets<T, Value>(call, slab, slab.teams, [&](int row, int column) { return table.get(row, column); }, on_column, on_set, g.q, g.r);
+            over_narrow_sets<T, Value>(
+                call, slab, slab.teams, [&](int row, int column) { return table.get(row, column); }, on_column, on_set, g.q, g.r);
         }
     }
 }
@@ -142,8 +148,8 @@ NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, c
 
 // The second pass of a backward over a slab, backwards
 template <class T, bool kWide, bool kRows, int kAct, int K>
-NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, bool held, GradientBatch<T, K>& batch, Coefficients<T, kWide, kRows>& c,
-                               const GradientCoefficients<T, kWide>& g) {
+NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, bool held, GradientBatch<T, K>& batch,
+                               Coefficients<T, kWide, kRows>& c, const GradientCoefficients<T, kWide>& g) {
     const Arguments& t = call.tensors;
     if (!t.dx && !t.dresidual) return;
     const GradientStash<T, K> stash(call);

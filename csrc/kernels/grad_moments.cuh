@@ -29,9 +29,9 @@ template <class A, int P> struct GradientLanes {  // of a part of a vector
 };
 
 // Reads a batch; what the call has none of stays as it is and is not used
-template <class T, bool kWide, int K>
-NF_DEVICE void load_gradients(const Call& call, const Slab<T, kWide>& slab, const typename Slab<T, kWide>::Cursor (&cursors)[K],
-                              const Spot (&spots)[K], GradientBatch<T, K>& batch) {
+template <class T, bool kWide, int K> NF_DEVICE void load_gradients(const Call& call, const Slab<T, kWide>& slab,
+                                                                    const typename Slab<T, kWide>::Cursor (&cursors)[K],
+                                                                    const Spot (&spots)[K], GradientBatch<T, K>& batch) {
     const Arguments& t = call.tensors;
     NF_UNROLL
     for (int k = 0; k < K; ++k) {
@@ -73,7 +73,8 @@ NF_DEVICE void gradient_lanes(const Call& call, const Coefficients<T, kWide, kRo
     act.backward(lanes.dz, z, weight, lanes.dact);
 }
 
-template <class A, int kSums> NF_DEVICE void store_channel_sums(const Call& call, int64_t entry, int64_t channel, const Sums<A, kSums>& sums) {
+template <class A, int kSums>
+NF_DEVICE void store_channel_sums(const Call& call, int64_t entry, int64_t channel, const Sums<A, kSums>& sums) {
     NF_UNROLL
     for (int i = 0; i < kSums; ++i)
         if (call.channel_sums[i]) Global<A>(call.channel_sums[i]).store(entry * call.problem.C + channel, sums.of[i]);
@@ -87,7 +88,9 @@ template <class T, bool kWide, int kSums> struct ChannelSums {
     int groups, columns, offset;
 
     NF_DEVICE ChannelSums(const Call& call)
-        : groups(kWide ? call.walk.sets_per_block : 1), columns(int(kWide ? call.walk.row_vectors * V : call.walk.rows)), offset(call.sums_offset) {}
+        : groups(kWide ? call.walk.sets_per_block : 1),
+          columns(int(kWide ? call.walk.row_vectors * V : call.walk.rows)),
+          offset(call.sums_offset) {}
     NF_DEVICE Shared<A> all() const { return shared_at<A>(offset, kSums * groups * columns); }
     NF_DEVICE int slot(int quantity, int group, int column) const { return (quantity * groups + group) * columns + column; }
 
@@ -120,9 +123,9 @@ template <class T, bool kWide, int kSums> struct ChannelSums {
 
 // Adds a part of a vector to the sums of its sets, its row (along rows) or its channels (position sets along columns)
 template <class T, bool kWide, bool kRows, int kSums, int P>
-NF_DEVICE void add_gradients(const Call& call, const Coefficients<T, kWide, kRows>& c, const GradientLanes<AccumulatorOf<T>, P>& lanes, int part,
-                             const Slab<T, kWide>& slab, const Spot& spot, Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>],
-                             Sums<AccumulatorOf<T>, kSums>& row) {
+NF_DEVICE void add_gradients(const Call& call, const Coefficients<T, kWide, kRows>& c, const GradientLanes<AccumulatorOf<T>, P>& lanes,
+                             int part, const Slab<T, kWide>& slab, const Spot& spot,
+                             Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>], Sums<AccumulatorOf<T>, kSums>& row) {
     using A = AccumulatorOf<T>;
     const auto add = [](Sums<A, kSums>& to, A dz, A xc, A dact) {
         to.of[sum_dz] += dz;
@@ -166,7 +169,8 @@ NF_DEVICE void end_row(const Call& call, const Slab<T, kWide>& slab, const Spot&
         if (!call.walk.one_channel && call.channel_sums[sum_dz]) {
             const Sums<A, kSums> whole = over_team<A>(row, slab.team, call.scratch_offset);
             const int64_t vector_chunk = slab.chunk % call.walk.vector_chunks, n = quotient(slab.outer, call.walk.period);
-            if (there && slab.lane == 0) store_channel_sums(call, vector_chunk * call.problem.N + n, slab.row_channel(call.walk, spot.row), whole);
+            if (there && slab.lane == 0)
+                store_channel_sums(call, vector_chunk * call.problem.N + n, slab.row_channel(call.walk, spot.row), whole);
         }
     } else if (call.channel_sums[sum_dz]) {
         const Sums<A, kSums> whole = over_team<A>(row, slab.team, call.scratch_offset);
@@ -185,7 +189,10 @@ template <class T, int K> struct GradientStash {
     bool residual, mask;
 
     NF_DEVICE GradientStash(const Call& call)
-        : resident(call.walk.resident), threads(int(block_threads())), residual(call.tensors.residual != nullptr), mask(call.tensors.mask != nullptr) {}
+        : resident(call.walk.resident),
+          threads(int(block_threads())),
+          residual(call.tensors.residual != nullptr),
+          mask(call.tensors.mask != nullptr) {}
     NF_DEVICE int vectors() const { return resident * K * threads; }
     NF_DEVICE Shared<T> of(int tensor) const { return shared_at<T>(tensor * vectors() * 16, vectors() * V); }
     NF_DEVICE Shared<uint8_t> bits() const { return shared_at<uint8_t>(2 * vectors() * 16, vectors()); }
@@ -213,8 +220,8 @@ template <class T, int K> struct GradientStash {
 
 // The first pass of a backward over a slab
 template <class T, bool kWide, bool kRows, int kAct, int K>
-NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, int64_t unit, Coefficients<T, kWide, kRows>& c, GradientBatch<T, K>& batch,
-                                 Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>]) {
+NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, int64_t unit, Coefficients<T, kWide, kRows>& c,
+                                 GradientBatch<T, K>& batch, Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>]) {
     using A = AccumulatorOf<T>;
     const GradientStash<T, K> stash(call);
     const int batches = (slab.steps + K - 1) / K;

@@ -69,10 +69,11 @@ template <class T> NF_KERNEL(threads_of<false>) grad_columns_kernel(NF_GRID_CONS
     }
     lay_out(call, slab, columns);
     const Table<A, Sums<A, 3>> table(call.scratch_offset, slab.teams, slab.team * V);
-    over_rows<A, Sums<A, 3>>(slab.teams, slab.team * V, call.scratch_offset, [&](int row, int column) { return table.get(row, column); },
-                             [&](int column, const Sums<A, 3>& sums) {
-                                 if (column < slab.columns) store_channel_sums(call, slab.chunk, slab.column0 + column, sums);
-                             });
+    over_rows<A, Sums<A, 3>>(
+        slab.teams, slab.team * V, call.scratch_offset, [&](int row, int column) { return table.get(row, column); },
+        [&](int column, const Sums<A, 3>& sums) {
+            if (column < slab.columns) store_channel_sums(call, slab.chunk, slab.column0 + column, sums);
+        });
 }
 
 }  // namespace normfused

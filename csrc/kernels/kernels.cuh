@@ -11,8 +11,20 @@
 namespace normfused {
 
 enum class Kernel : int {
-    moments, apply, single_pass, grad_moments, grad_apply, grad_single_pass,
-    settle, grad_settle, settle_sets, grad_settle_sets, grad_columns, grad_parameters, average_running, count_batch
+    moments,
+    apply,
+    single_pass,
+    grad_moments,
+    grad_apply,
+    grad_single_pass,
+    settle,
+    grad_settle,
+    settle_sets,
+    grad_settle_sets,
+    grad_columns,
+    grad_parameters,
+    average_running,
+    count_batch
 };
 
 struct Launch {
@@ -56,7 +68,8 @@ template <class T> int launch_kernel(const Launch& l, const Call& call, void* st
     using A = AccumulatorOf<T>;
     const LaunchConfig config = {l.name, l.blocks, l.threads, l.shared_bytes, stream};
     switch (l.kernel) {
-        case Kernel::moments: return l.wide ? launch(&moments_kernel<T, true>, config, call) : launch(&moments_kernel<T, false>, config, call);
+        case Kernel::moments:
+            return l.wide ? launch(&moments_kernel<T, true>, config, call) : launch(&moments_kernel<T, false>, config, call);
         case Kernel::settle: return l.wide ? launch(&settle_kernel<T, true>, config, call) : launch(&settle_kernel<T, false>, config, call);
         case Kernel::grad_settle:
             return l.wide ? launch(&grad_settle_kernel<T, true>, config, call) : launch(&grad_settle_kernel<T, false>, config, call);

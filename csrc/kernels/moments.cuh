@@ -85,9 +85,8 @@ template <class T, bool kWide> struct ThreadMoments {
 };
 
 // The first pass over a slab. The last batch stays in ``batch``, the ``resident`` ones before it in shared memory.
-template <class T, bool kWide, int K>
-NF_DEVICE void collect(const Call& call, const Slab<T, kWide>& slab, Vector<T> (&batch)[K],
-                       Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
+template <class T, bool kWide, int K> NF_DEVICE void collect(const Call& call, const Slab<T, kWide>& slab, Vector<T> (&batch)[K],
+                                                             Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
     constexpr int V = vector_size<T>, P = part_size<T, any_act>;
     ThreadMoments<T, kWide> own;
     const Arguments& t = call.tensors;
@@ -129,9 +128,9 @@ NF_DEVICE void collect(const Call& call, const Slab<T, kWide>& slab, Vector<T> (
 }
 
 // A batch of the second pass, for b going down; the last one is still there.
-template <class T, bool kWide, int K>
-NF_DEVICE void recall(const Call& call, const Slab<T, kWide>& slab, int b, int batches, const Spot (&spots)[K], const void* tensor,
-                      bool written_here, int offset, Vector<T> (&batch)[K]) {
+template <class T, bool kWide, int K> NF_DEVICE void recall(const Call& call, const Slab<T, kWide>& slab, int b, int batches,
+                                                            const Spot (&spots)[K], const void* tensor, bool written_here, int offset,
+                                                            Vector<T> (&batch)[K]) {
     constexpr int V = vector_size<T>;
     if (b + 1 == batches) return;
     const int kept = b - (batches - 1 - call.walk.resident), threads = int(block_threads());
@@ -160,14 +159,13 @@ template <class T, class Value> NF_DEVICE void lay_out(const Call& call, const S
     const Table<A, Value> table(call.scratch_offset, slab.teams, slab.team * V);
     if (slab.row_lane < slab.teams) {
         NF_UNROLL
-        for (int i = 0; i < Value::size; ++i)
+        for (int i = 0; i < Value::size; ++i) NF_UNROLL
+        for (int part = 0; part < V; part += P) {
+            Pack<A, P> numbers;
             NF_UNROLL
-            for (int part = 0; part < V; part += P) {
-                Pack<A, P> numbers;
-                NF_UNROLL
-                for (int j = 0; j < P; ++j) numbers.data[j] = v[part + j].get(i);
-                table.numbers.template store<P>(table.slot(slab.row_lane, i, slab.column(part)), numbers);
-            }
+            for (int j = 0; j < P; ++j) numbers.data[j] = v[part + j].get(i);
+            table.numbers.template store<P>(table.slot(slab.row_lane, i, slab.column(part)), numbers);
+        }
     }
     sync_block();
 }
@@ -176,7 +174,8 @@ template <class T, class Value> NF_DEVICE void lay_out(const Call& call, const S
 // change a column's value before it joins its set's; on_set(set of the slab, value) gives the numbers. Both run once per column or set.
 template <class T, class Value, class Read, class OnColumn, class OnSet>
 NF_DEVICE void over_narrow_sets(const Call& call, const Slab<T, false>& slab, int rows, const Read& read, const OnColumn& on_column,
-                                const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>], AccumulatorOf<T> (&second)[vector_size<T>]) {
+                                const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>],
+                                AccumulatorOf<T> (&second)[vector_size<T>]) {
     using A = AccumulatorOf<T>;
     constexpr int V = vector_size<T>;
     const int columns = slab.team * V, width = int(call.walk.width);
@@ -240,8 +239,7 @@ template <class A> NF_DEVICE void update_running(const Parameter& running, int64
     store_parameter(running, channel, A(old * (1.0 - factor) + double(value) * factor));
 }
 
-template <class A>
-NF_DEVICE void update_running_statistics(const Call& call, int64_t channel, A mean, A var, int64_t batches_before) {
+template <class A> NF_DEVICE void update_running_statistics(const Call& call, int64_t channel, A mean, A var, int64_t batches_before) {
     const double factor = call.problem.cumulative ? (call.tensors.counter ? 1.0 / double(batches_before + 1) : 1.0) : call.problem.momentum;
     if (call.tensors.running_mean.data) update_running(call.tensors.running_mean, channel, mean, factor);
     if (call.tensors.running_var.data)  // one element has no unbiased variance: NaN, as 0/0 says
@@ -249,7 +247,8 @@ NF_DEVICE void update_running_statistics(const Call& call, int64_t channel, A me
 }
 
 // Moments of a set -> its statistics; ``writer`` (one thread of all that know the set) stores them.
-template <class A> NF_DEVICE Statistics<A> finish_set(const Call& call, int64_t set, const Moments<A>& m, bool writer, int64_t batches_before) {
+template <class A>
+NF_DEVICE Statistics<A> finish_set(const Call& call, int64_t set, const Moments<A>& m, bool writer, int64_t batches_before) {
     const Arguments& t = call.tensors;
     const A var = m.m2 * A(call.per_element);
     const Statistics<A> s = {m.mean(), standard::reciprocal_deviation(var, eps_of<A>(call, set))};
@@ -269,10 +268,12 @@ NF_DEVICE int64_t counted_batches(const Call& call) {
 // ------------------------------------------------------------------------------------------------------------- two_pass
 template <bool kWide> NF_DEVICE int64_t partial_at(const Call& call, int64_t outer, int column, int64_t chunk, int quantity) {
     const Walk& w = call.walk;
-    return kWide ? (quantity * w.outers + outer) * call.partials + chunk : ((quantity * call.partials + chunk) * w.outers + outer) * w.cols + column;
+    return kWide ? (quantity * w.outers + outer) * call.partials + chunk
+                 : ((quantity * call.partials + chunk) * w.outers + outer) * w.cols + column;
 }
 
-template <class A, bool kWide, class Value> NF_DEVICE void store_partial(const Call& call, int64_t outer, int column, int chunk, const Value& v) {
+template <class A, bool kWide, class Value>
+NF_DEVICE void store_partial(const Call& call, int64_t outer, int column, int chunk, const Value& v) {
     const Global<A> partial(call.partial);
     NF_UNROLL
     for (int i = 0; i < Value::size; ++i) partial.store(partial_at<kWide>(call, outer, column, chunk, i), v.get(i));
@@ -296,10 +297,11 @@ NF_DEVICE void leave_partials(const Call& call, const Slab<T, kWide>& slab, cons
         lay_out(call, slab, v);
         const int columns = slab.team * vector_size<T>;
         const Table<A, Value> table(call.scratch_offset, slab.teams, columns);
-        over_rows<A, Value>(slab.teams, columns, call.scratch_offset, [&](int row, int column) { return table.get(row, column); },
-                            [&](int column, const Value& sum) {
-                                if (column < slab.columns) store_partial<A, false>(call, slab.outer, slab.column0 + column, slab.chunk, sum);
-                            });
+        over_rows<A, Value>(
+            slab.teams, columns, call.scratch_offset, [&](int row, int column) { return table.get(row, column); },
+            [&](int column, const Value& sum) {
+                if (column < slab.columns) store_partial<A, false>(call, slab.outer, slab.column0 + column, slab.chunk, sum);
+            });
     }
 }
 
@@ -314,7 +316,8 @@ template <class T, class Value> NF_DEVICE Value gather_partials(const Call& call
 }
 template <class T, class Value> NF_DEVICE auto partial_reader(const Call& call, const Slab<T, false>& slab) {
     return [&](int chunk, int column) {
-        return column < slab.columns ? load_partial<AccumulatorOf<T>, false, Value>(call, slab.outer, slab.column0 + column, chunk) : Value();
+        return column < slab.columns ? load_partial<AccumulatorOf<T>, false, Value>(call, slab.outer, slab.column0 + column, chunk)
+                                     : Value();
     };
 }
 

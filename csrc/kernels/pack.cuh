@@ -12,8 +12,12 @@
 
 namespace normfused {
 
-template <class T> struct Storage { using Accumulator = float; };
-template <> struct Storage<double> { using Accumulator = double; };
+template <class T> struct Storage {
+    using Accumulator = float;
+};
+template <> struct Storage<double> {
+    using Accumulator = double;
+};
 template <class T> using AccumulatorOf = typename Storage<T>::Accumulator;
 template <class T> constexpr int vector_size = 16 / int(sizeof(T));
 template <class T> using Vector = Pack<T, vector_size<T>>;

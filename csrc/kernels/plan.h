@@ -367,7 +367,8 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         w.sets_per_outer = p.C;
         w.team = int(w.slice / V);
         w.teams = int(std::max<int64_t>(1, std::min<int64_t>(256 / w.team, w.rows)));
-        const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(ceil_div(limits.processors * 4, w.slices), w.rows / (int64_t(w.teams) * 4)));
+        const int64_t wanted =
+            std::max<int64_t>(1, std::min<int64_t>(ceil_div(limits.processors * 4, w.slices), w.rows / (int64_t(w.teams) * 4)));
         w.chunk_rows = int(ceil_div(w.rows, wanted));
         w.vector_chunks = 1;
         w.chunk_vectors = int(w.slice / V);

@@ -15,7 +15,22 @@ enum class Step : int { norm_act, norm_act_backward, moments, apply, grad_moment
 
 // In the order of ACTIVATIONS in normfused/activations.py (a test compares them)
 enum class Act : int {
-    identity, relu, relu6, leaky_relu, prelu, elu, silu, gelu, gelu_tanh, hardswish, hardsigmoid, sigmoid, tanh, mish, softplus, tlu
+    identity,
+    relu,
+    relu6,
+    leaky_relu,
+    prelu,
+    elu,
+    silu,
+    gelu,
+    gelu_tanh,
+    hardswish,
+    hardsigmoid,
+    sigmoid,
+    tanh,
+    mish,
+    softplus,
+    tlu
 };
 
 constexpr int size_of(Type type) { return type == Type::float64 ? 8 : type == Type::float32 ? 4 : 2; }

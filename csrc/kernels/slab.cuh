@@ -148,7 +148,9 @@ template <class T, bool kWide> struct Slab {
     }
 
     // The mask has one byte per vector of every row: [outer][row][vector]
-    NF_DEVICE int64_t mask_at(const Walk& w, const Cursor& c) const { return (outer * w.rows + row0 + c.row) * w.row_vectors + vector0 + c.vector; }
+    NF_DEVICE int64_t mask_at(const Walk& w, const Cursor& c) const {
+        return (outer * w.rows + row0 + c.row) * w.row_vectors + vector0 + c.vector;
+    }
 
     NF_DEVICE int64_t row_channel(const Walk& w, int row) const { return channel0 + (row0 + row) * w.row_channels; }
 

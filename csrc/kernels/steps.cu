@@ -108,7 +108,8 @@ void declare_all(const Problem& p, const Plan& plan, Step step, const Arguments&
     declare_parameter("running_mean", a.running_mean, p.C, p.batch_statistics);
     declare_parameter("running_var", a.running_var, p.C, p.batch_statistics);
     declare("num_batches_tracked", a.counter, 8, true);
-    for (const auto& t : {std::pair<const char*, const void*>{"scale", a.scale}, {"shift", a.shift}, {"dz_scale", a.dz_scale}, {"q", a.q}, {"r", a.r}})
+    for (const auto& t :
+         {std::pair<const char*, const void*>{"scale", a.scale}, {"shift", a.shift}, {"dz_scale", a.dz_scale}, {"q", a.q}, {"r", a.r}})
         declare(t.first, t.second, p.sets() * wide, false);
     declare("dy", a.dy, bytes, false);
     declare("dh", a.dh, bytes, false);
@@ -127,9 +128,14 @@ void declare_all(const Problem& p, const Plan& plan, Step step, const Arguments&
 int forced_route = -1;  // by the tests
 
 class Run {
-public:
+   public:
     Run(const Problem& p, Step step, const Needs& needs, const Plan& plan, const Workspace& space, const Arguments& args, void* stream)
-        : problem(p), plan(plan), space(space), stream(stream), at(static_cast<char*>(args.scratch)), wide(p.type == Type::float64 ? 8 : 4) {
+        : problem(p),
+          plan(plan),
+          space(space),
+          stream(stream),
+          at(static_cast<char*>(args.scratch)),
+          wide(p.type == Type::float64 ? 8 : 4) {
         call.problem = p;
         call.walk = plan.walk;
         call.walk.aligned = call.walk.aligned && aligned_16(args);
@@ -158,17 +164,21 @@ public:
     }
 
     int operator()(Kernel kernel, const char* name) {
-        return launch_typed({kernel, plan.wide, plan.rows, uint32_t(plan.blocks), uint32_t(plan.threads), uint32_t(plan.shared_bytes), name}, call, stream);
+        return launch_typed(
+            {kernel, plan.wide, plan.rows, uint32_t(plan.blocks), uint32_t(plan.threads), uint32_t(plan.shared_bytes), name}, call, stream);
     }
     int small(Kernel kernel, const char* name, int64_t blocks, int threads) {
         const int offset = call.scratch_offset;
         call.scratch_offset = 0;
-        const int status = launch_typed({kernel, plan.wide, plan.rows, uint32_t(blocks), uint32_t(threads), uint32_t(4 * std::max(threads, 32) * wide), name}, call, stream);
+        const int status = launch_typed(
+            {kernel, plan.wide, plan.rows, uint32_t(blocks), uint32_t(threads), uint32_t(4 * std::max(threads, 32) * wide), name}, call,
+            stream);
         call.scratch_offset = offset;
         return status;
     }
     int parameters() {
-        if (!has(call.tensors.dweight) && !has(call.tensors.dbias) && !has(call.tensors.dact_weight) && !has(call.tensors.deps_weight)) return ok;
+        if (!has(call.tensors.dweight) && !has(call.tensors.dbias) && !has(call.tensors.dact_weight) && !has(call.tensors.deps_weight))
+            return ok;
         return small(Kernel::grad_parameters, "grad_parameters", planning::ceil_div(problem.C, 32), 256);
     }
 
@@ -233,7 +243,9 @@ int Run::backward() {
             const int lanes = 3 * vector_of(problem.type) * plan.columns_walk.team * plan.columns_walk.teams * wide;
             const int offset = call.scratch_offset;
             call.scratch_offset = 0;
-            status = launch_typed({Kernel::grad_columns, false, false, uint32_t(plan.columns_walk.units), uint32_t(plan.columns_threads), uint32_t(lanes), "grad_columns"}, call, stream);
+            status = launch_typed({Kernel::grad_columns, false, false, uint32_t(plan.columns_walk.units), uint32_t(plan.columns_threads),
+                                   uint32_t(lanes), "grad_columns"},
+                                  call, stream);
             call.scratch_offset = offset;
             call.walk = row_walk;
         }
@@ -317,7 +329,8 @@ int run(const Problem& problem, Step step, const Needs& needs, const Limits& lim
     const bool pool = args.arrivals != nullptr;
     const Plan plan = choose_plan(problem, step, needs, limits, pool, forced_route);
     // beyond 2^31 - 1 blocks, or groups among 2^20 channels and more (walk.h): no plan
-    if (plan.blocks <= 0 || plan.blocks >= planning::too_many || (!plan.wide && plan.walk.width > 1 && problem.C >= 1 << 20)) return not_supported;
+    if (plan.blocks <= 0 || plan.blocks >= planning::too_many || (!plan.wide && plan.walk.width > 1 && problem.C >= 1 << 20))
+        return not_supported;
     const Workspace space = workspace(problem, step, needs, plan, pool);
     declare_all(problem, plan, step, args, size_t(space.numbers()) * (problem.type == Type::float64 ? 8 : 4), space.arrivals);
     Run run(problem, step, needs, plan, space, args, stream);
@@ -337,14 +350,15 @@ int describe(const Problem& problem, Step step, const Needs& needs, const Limits
     const Plan plan = choose_plan(problem, step, needs, limits, pool, forced_route);
     const Workspace space = workspace(problem, step, needs, plan, pool);
     const char* const routes[] = {"single_pass", "two_pass", "apply"};
-    return std::snprintf(text, size_t(size),
-                         "{\"route\": \"%s\", \"sets\": \"%s\", \"channels\": \"%s\", \"blocks\": %lld, \"threads\": %d, \"team\": %d, \"teams\": %d, "
-                         "\"steps\": %d, \"batch\": %d, \"resident\": %d, \"slice\": %lld, \"chunks\": %lld, \"shared_bytes\": %d, "
-                         "\"scratch_bytes\": %lld, \"arrivals\": %u, \"reads_of_x\": %.6g}",
-                         routes[int(plan.route)], plan.wide ? "wide" : "narrow", plan.rows ? "rows" : "columns", (long long)plan.blocks, plan.threads,
-                         plan.walk.team, plan.walk.teams, plan.walk.steps, plan.batch, plan.walk.resident, (long long)plan.walk.slice,
-                         (long long)plan.walk.chunks, plan.shared_bytes, (long long)(space.numbers() * (problem.type == Type::float64 ? 8 : 4)),
-                         space.arrivals, plan.read_x);
+    return std::snprintf(
+        text, size_t(size),
+        "{\"route\": \"%s\", \"sets\": \"%s\", \"channels\": \"%s\", \"blocks\": %lld, \"threads\": %d, \"team\": %d, \"teams\": %d, "
+        "\"steps\": %d, \"batch\": %d, \"resident\": %d, \"slice\": %lld, \"chunks\": %lld, \"shared_bytes\": %d, "
+        "\"scratch_bytes\": %lld, \"arrivals\": %u, \"reads_of_x\": %.6g}",
+        routes[int(plan.route)], plan.wide ? "wide" : "narrow", plan.rows ? "rows" : "columns", (long long)plan.blocks, plan.threads,
+        plan.walk.team, plan.walk.teams, plan.walk.steps, plan.batch, plan.walk.resident, (long long)plan.walk.slice,
+        (long long)plan.walk.chunks, plan.shared_bytes, (long long)(space.numbers() * (problem.type == Type::float64 ? 8 : 4)),
+        space.arrivals, plan.read_x);
 }
 
 }  // namespace normfused

@@ -11,9 +11,7 @@ namespace rms {
 
 template <class A> NF_DEVICE A effective_eps(A eps, A eps_weight) { return eps + abs_(eps_weight); }
 
-template <class A> NF_DEVICE Vjp<A> vjp(A rstd, A sum_dz_x, A per_element) {
-    return {-rstd * rstd * rstd * sum_dz_x * per_element, A(0)};
-}
+template <class A> NF_DEVICE Vjp<A> vjp(A rstd, A sum_dz_x, A per_element) { return {-rstd * rstd * rstd * sum_dz_x * per_element, A(0)}; }
 template <class A> NF_DEVICE Vjp<A> vjp_of_one(A rstd, A eps) { return {rstd * rstd * eps, A(0)}; }  // q scales dz
 
 template <class A> NF_DEVICE A eps_gradient(A cubed_sum, A eps_weight) {  // cubed_sum: sum of rstd^3 B
