@@ -448,8 +448,10 @@ class NormAct(torch.autograd.Function):
             dresidual = dz
         elif residual_mode == PRE_NORM:
             dresidual = dx
-        of = (weight, bias, act_weight, eps_weight)
-        return (dx, dresidual, *(_none_if_empty(g, t) for g, t in zip(parameters, of, strict=True)), *none)
+        if p is None:  # the operator's absent outputs are empty
+            of = (weight, bias, act_weight, eps_weight)
+            parameters = [_none_if_empty(g, t) for g, t in zip(parameters, of, strict=True)]
+        return (dx, dresidual, *parameters, *none)
 
 
 def _recomputes(x: Tensor) -> bool:
