@@ -191,13 +191,8 @@ template <class T, bool kWide, bool kRows, int kAct, int K> NF_DEVICE void apply
     for (int b = batches - 1; b >= 0; --b) {
         typename Slab<T, kWide>::Cursor cursors[K];
         Spot spots[K];
-        NF_UNROLL
-        for (int k = K - 1; k >= 0; --k) {
-            slab.retreat(cursor);
-            cursors[k] = cursor;
-            spots[k] = slab.spot(cursor);
-        }
-        recall<T, kWide, K>(call, slab, b, held ? batches : batches + 1, spots, source, kWide != kRows && mode == ResidualMode::pre_norm, 0,
+        slab.previous(cursor, cursors, spots);
+        recall<T, kWide, K>(call, slab, b, held ? batches : batches + 1, spots, source, kWide != kRows && mode == ResidualMode::pre_norm,
                             batch);
         Vector<T> residual[K] = {};
         if (adds) {

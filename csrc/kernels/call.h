@@ -29,7 +29,7 @@ struct Call {
     void* partial;        // what slabs of one set leave for the next launch: moments.cuh, grad_moments.cuh
     int64_t partials;     // chunks that wrote it
     bool scales_by_q;     // rms sets of one element: grad_apply.cuh
-    bool settled;         // mean and rstd are final (settle.cuh), or q and r
+    bool settled;         // mean and rstd are final (settle.cuh)
     void* variances;      // tracked sample groups: biased variance per set, for average_running_kernel
     void* channel_sums[3];  // sums of dz, of dz*(x - mean), of act_weight's gradient before the sum over entries: [entry][C]
     int64_t entries;        // samples (times chunks), or blocks

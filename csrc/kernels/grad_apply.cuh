@@ -159,12 +159,7 @@ NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, boo
     for (int b = batches - 1; b >= 0; --b) {
         typename Slab<T, kWide>::Cursor cursors[K];
         Spot spots[K];
-        NF_UNROLL
-        for (int k = K - 1; k >= 0; --k) {
-            slab.retreat(cursor);
-            cursors[k] = cursor;
-            spots[k] = slab.spot(cursor);
-        }
+        slab.previous(cursor, cursors, spots);
         if (!held || b + 1 < batches) {
             const int kept = b - (batches - 1 - stash.resident);
             if (held && kept >= 0) stash.recall(kept, batch);

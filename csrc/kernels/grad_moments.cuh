@@ -231,12 +231,7 @@ NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, i
     for (int b = 0; b < batches; ++b) {
         typename Slab<T, kWide>::Cursor cursors[K];
         Spot spots[K];
-        NF_UNROLL
-        for (int k = 0; k < K; ++k) {
-            cursors[k] = cursor;
-            spots[k] = slab.spot(cursor);
-            slab.advance(cursor);
-        }
+        slab.next(cursor, cursors, spots);
         load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
         NF_UNROLL
         for (int k = 0; k < K; ++k) {

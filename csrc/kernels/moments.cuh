@@ -129,13 +129,13 @@ template <class T, bool kWide, int K> NF_DEVICE void collect(const Call& call, c
 
 // A batch of the second pass, for b going down; the last one is still there.
 template <class T, bool kWide, int K> NF_DEVICE void recall(const Call& call, const Slab<T, kWide>& slab, int b, int batches,
-                                                            const Spot (&spots)[K], const void* tensor, bool written_here, int offset,
+                                                            const Spot (&spots)[K], const void* tensor, bool written_here,
                                                             Vector<T> (&batch)[K]) {
     constexpr int V = vector_size<T>;
     if (b + 1 == batches) return;
     const int kept = b - (batches - 1 - call.walk.resident), threads = int(block_threads());
     if (kept >= 0) {
-        const Shared<T> stash = shared_at<T>(offset, call.walk.resident * K * threads * V);
+        const Shared<T> stash = shared_at<T>(0, call.walk.resident * K * threads * V);
         NF_UNROLL
         for (int k = 0; k < K; ++k) batch[k] = stash.template load<V>(((kept * K + k) * threads + int(thread_index())) * V);
     } else if (written_here) {

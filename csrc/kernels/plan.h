@@ -20,7 +20,6 @@ struct Plan {
     int threads = 0;
     int64_t blocks = 0;
     int batch = 0;             // vectors of a thread's batch
-    int slab_bytes = 0;        // of shared memory: what stays on chip beside the last batch
     int scratch_offset = 0, columns_offset = 0, sums_offset = -1, shared_bytes = 0;
     bool settles = false;      // narrow sets wider than a slice, or of many chunks: a launch of its own merges their partials
     bool columns_pass = false; // position sets' parameter gradients need a pass of their own
@@ -151,7 +150,7 @@ inline int64_t slice_of(const Walk& w, Type type, int64_t bytes) {
 
 }  // namespace planning
 
-// ``direction`` forward or backward; ``extra``: more tensors than x (forward) or dy and x (backward) that must stay on chip
+// ``pool``: whether arrival words can be had; ``forced_route``: a Route to take where it can be, for tests and measurements
 inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const Limits& limits, bool pool, int forced_route = -1) {
     using namespace planning;
     const View view = view_of(p);
@@ -180,7 +179,6 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         const int64_t channels = at.wide ? int64_t(w.row_vectors) * V : w.rows;
         const int64_t end = sums + (at.sums_offset < 0 ? 0 : values * channels * w.sets_per_block * accumulator);
         if (end < too_many) {
-            at.slab_bytes = int(slab);
             at.scratch_offset = int(slab);
             at.columns_offset = int(columns);
             if (at.sums_offset >= 0) at.sums_offset = int(sums);
@@ -340,12 +338,11 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         plan.read_x = 1;
     } else {
         const bool counts_late = step == Step::norm_act && p.cumulative && p.scope == Scope::channel;  // needs an arrival word
-        bool found = position || forced_route == int(Route::single_pass);
         const bool allowed = forced_route != int(Route::two_pass) && (pool || !counts_late);
         if (position) {
             if (!single(128)) single(64);
         } else {
-            found = allowed && (single(128) || single(64));
+            bool found = allowed && (single(128) || single(64));
             if (found && forced_route < 0) {
                 // a few large sets would leave most of the device idle (unmeasured)
                 const double set_bytes = double(p.elements()) * size_of(p.type) / plan.walk.units;

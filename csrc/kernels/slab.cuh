@@ -124,6 +124,24 @@ template <class T, bool kWide> struct Slab {
         return s;
     }
 
+    // The next batch of the walk, or the one before; its vectors in the walk's order
+    template <int K> NF_DEVICE void next(Cursor& c, Cursor (&cursors)[K], Spot (&spots)[K]) const {
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) {
+            cursors[k] = c;
+            spots[k] = spot(c);
+            advance(c);
+        }
+    }
+    template <int K> NF_DEVICE void previous(Cursor& c, Cursor (&cursors)[K], Spot (&spots)[K]) const {
+        NF_UNROLL
+        for (int k = K - 1; k >= 0; --k) {
+            retreat(c);
+            cursors[k] = c;
+            spots[k] = spot(c);
+        }
+    }
+
     NF_DEVICE bool whole(const Spot& s) const { return aligned && s.last - s.first == V; }
 
     // Lanes outside are zero

@@ -89,8 +89,7 @@ void declare_parameter(const char* name, const Parameter& p, int64_t C, bool wri
 }
 
 // Tells the emulation what every pointer is; nothing on a device
-void declare_all(const Problem& p, const Plan& plan, Step step, const Arguments& a, size_t scratch_bytes, uint32_t arrivals) {
-    (void)plan;
+void declare_all(const Problem& p, Step step, const Arguments& a, size_t scratch_bytes, uint32_t arrivals) {
     const int64_t bytes = p.elements() * size_of(p.type), wide = p.type == Type::float64 ? 8 : 4;
     const bool backward = step == Step::norm_act_backward || step == Step::grad_moments || step == Step::grad_apply;
     forget_all();
@@ -129,7 +128,7 @@ int forced_route = -1;  // by the tests
 
 class Run {
    public:
-    Run(const Problem& p, Step step, const Needs& needs, const Plan& plan, const Workspace& space, const Arguments& args, void* stream)
+    Run(const Problem& p, const Needs& needs, const Plan& plan, const Workspace& space, const Arguments& args, void* stream)
         : problem(p),
           plan(plan),
           space(space),
@@ -146,7 +145,6 @@ class Run {
         call.scratch_offset = plan.scratch_offset;
         call.columns_offset = plan.columns_offset;
         call.sums_offset = plan.sums_offset;
-        (void)step;
     }
 
     void* take(int64_t numbers) {
@@ -237,9 +235,8 @@ int Run::backward() {
             at -= 3 * space.entries * problem.C * wide;
             take_channel_sums(space.entries);
             const Walk row_walk = call.walk;
-            const bool aligned = call.walk.aligned;
             call.walk = plan.columns_walk;
-            call.walk.aligned = aligned;
+            call.walk.aligned = row_walk.aligned;
             const int lanes = 3 * vector_of(problem.type) * plan.columns_walk.team * plan.columns_walk.teams * wide;
             const int offset = call.scratch_offset;
             call.scratch_offset = 0;
@@ -332,8 +329,8 @@ int run(const Problem& problem, Step step, const Needs& needs, const Limits& lim
     if (plan.blocks <= 0 || plan.blocks >= planning::too_many || (!plan.wide && plan.walk.width > 1 && problem.C >= 1 << 20))
         return not_supported;
     const Workspace space = workspace(problem, step, needs, plan, pool);
-    declare_all(problem, plan, step, args, size_t(space.numbers()) * (problem.type == Type::float64 ? 8 : 4), space.arrivals);
-    Run run(problem, step, needs, plan, space, args, stream);
+    declare_all(problem, step, args, size_t(space.numbers()) * (problem.type == Type::float64 ? 8 : 4), space.arrivals);
+    Run run(problem, needs, plan, space, args, stream);
     int status = not_supported;
     switch (step) {
         case Step::norm_act: status = run.forward(); break;

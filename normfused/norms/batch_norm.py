@@ -138,10 +138,10 @@ class _BatchNormAct(NormActMixin, nn.modules.batchnorm._BatchNorm):
                 momentum = 0.0  # as torch: nothing to average over
         elif batch_statistics:
             running_mean = running_var = None
-        weight, bias, act = own(self, "weight"), own(self, "bias"), self._modules.get("act")
+        weight, bias = own(self, "weight"), own(self, "bias")
         return batch_norm_act(
             input, running_mean, running_var, weight, bias, batch_statistics, momentum, self.eps,
-            act=act, residual=residual, residual_mode=self.residual_mode, num_batches_tracked=counter, backend=self.backend,
+            act=self.act, residual=residual, residual_mode=self.residual_mode, num_batches_tracked=counter, backend=self.backend,
         )  # fmt: skip
 
 

@@ -290,6 +290,14 @@ def test_nothing_to_normalize_by_returns_fresh_memory() -> None:
     assert torch.equal(x, X)
 
 
+@pytest.mark.parametrize("act", ["relu", torch.relu, nn.ReLU()], ids=["name", "function", "module"])
+def test_an_activation_set_later_is_used(act: Any, backend: str) -> None:
+    """However it is kept: nn.Module registers modules only."""
+    layer, plain = nf.BatchNormAct2d(6, backend=backend), nf.BatchNormAct2d(6, backend=backend)
+    layer.act = act
+    torch.testing.assert_close(layer(X), plain(X).relu())
+
+
 @pytest.mark.parametrize("backend_name", ["torch", "reference"])
 def test_selecting_a_backend(backend_name: str) -> None:
     with nf.backend(backend_name):

@@ -151,7 +151,7 @@ const char* nf_plan(const Question* q) {
                   "\"vector_chunks\": %d, \"per_row\": %d, \"steps\": %d, \"units\": %lld, \"team\": %d, \"teams\": %d, \"sets_per_block\": %d, "
                   "\"resident\": %d, \"phase_mask\": %d, \"batch\": %d}",
                   int(plan.route), q->columns ? 0 : plan.wide, q->columns ? 0 : plan.rows, q->columns ? plan.columns_threads : plan.threads,
-                  (long long)(q->columns ? w.units : plan.blocks), plan.shared_bytes, plan.slab_bytes, plan.columns_pass, plan.settles, (long long)w.outers,
+                  (long long)(q->columns ? w.units : plan.blocks), plan.shared_bytes, plan.scratch_offset, plan.columns_pass, plan.settles, (long long)w.outers,
                   (long long)w.period, (long long)w.high_stride, (long long)w.low_stride, (long long)w.rows, (long long)w.row_stride, (long long)w.cols,
                   w.row_vectors, (long long)w.slice, (long long)w.slices, (long long)w.chunks, w.chunk_rows, w.chunk_vectors, w.vector_chunks, w.per_row,
                   w.steps, (long long)w.units, w.team, w.teams, w.sets_per_block, w.resident, w.phase_mask, plan.batch);
