@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import normfused
-
-from .providers import all_providers
-from .timing import copy_rate, time_on_device
+from normfused.benchmark.providers import all_providers
+from normfused.benchmark.timing import copy_rate, time_on_device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -11,9 +11,9 @@ import statistics
 
 import torch
 
-from .cases import CHANNELS_LAST, QUICK, Case
-from .providers import Provider, eager, ours, prepare, step, tensors
-from .timing import SMALL_BYTES, interleaved, threads_for
+from normfused.benchmark.cases import CHANNELS_LAST, QUICK, Case
+from normfused.benchmark.providers import Provider, eager, ours, prepare, step, tensors
+from normfused.benchmark.timing import SMALL_BYTES, interleaved, threads_for
 
 
 def bound(case: Case) -> str:

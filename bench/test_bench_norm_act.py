@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from .cases import MATRIX, QUICK, Case
-from .providers import Provider, all_providers, error_against_float64, prepare, saved_bytes, step, tensors
-from .timing import SMALL_BYTES, clock, graphed, host_seconds, rotation, threads_for
+from normfused.benchmark.cases import MATRIX, QUICK, Case
+from normfused.benchmark.providers import Provider, all_providers, error_against_float64, prepare, saved_bytes, step, tensors
+from normfused.benchmark.timing import SMALL_BYTES, clock, graphed, host_seconds, rotation, threads_for
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from ..cases import CHANNELS_LAST, Case
-from ..providers import all_providers, prepare, tensors
+from normfused.benchmark.cases import CHANNELS_LAST, Case
+from normfused.benchmark.providers import all_providers, prepare, tensors
+
 from .facts import save
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")

@@ -18,9 +18,9 @@ import torch
 
 import normfused as nf
 from normfused import _build, dispatch
+from normfused.benchmark.timing import COLD_BYTES, graphed, host_seconds
 
 from ..conftest import labels
-from ..timing import COLD_BYTES, graphed, host_seconds
 
 MIB = 2**20
 

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 import torch._functorch.config
 
-from ..cases import CHANNELS_LAST, Case
-from ..providers import Provider, all_providers, error_against_float64, prepare, tensors
-from ..timing import COLD_BYTES
+from normfused.benchmark.cases import CHANNELS_LAST, Case
+from normfused.benchmark.providers import Provider, all_providers, error_against_float64, prepare, tensors
+from normfused.benchmark.timing import COLD_BYTES
+
 from .facts import MIB, about, copy_gbps, save
 
 PROVIDERS = ("eager", "compile", "normfused-triton", "normfused-cuda")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.cases import Case
 from bench.gpu import counters, runner
 from bench.gpu import stages as catalogue
 from bench.gpu.runner import Command, Outcome, Stage
+from normfused.benchmark.cases import Case
 
 ROOT = Path(__file__).parents[2]
 
