@@ -6,6 +6,7 @@ memory formats, once with 4 MB and more and once small, where the host's time is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -30,6 +31,7 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     layout: str = CONTIGUOUS
     family: str = ""
+    tier: str = "full"
 
     @property
     def name(self) -> str:
@@ -108,6 +110,8 @@ MATRIX: list[Case] = [
     *(c for b in (32, 256) for c in _square("frn", b, _RESNET, act="tlu", family="ResNet-50")),
 ]
 
+MATRIX[:] = [replace(c, tier="headline") if i % 7 == 0 else c for i, c in enumerate(MATRIX)]
+
 _F32 = {"dtype": torch.float32}
 _LARGE: list[Case] = [
     *both(Case("batch", (16, 64, 56, 56), act="relu", **_F32)),  # type: ignore[arg-type]
@@ -128,3 +132,22 @@ _SMALL: list[Case] = [
     Case("layer", (128, 96), **_F32),  # type: ignore[arg-type]
 ]
 QUICK: list[Case] = _LARGE + _SMALL
+
+
+def parse(op: str, shape: str, dtype: str = "bf16", layout: str = CONTIGUOUS, groups: int = 32) -> Case:
+    """Thin stand-in."""
+    norm, _, act = op.partition("_")
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    names = {"bn": "batch", "gn": "group", "in": "instance", "ln": "layer", "rms": "rms", "frn": "frn"}
+    if norm not in names:
+        raise ValueError(f"parse: op must begin with one of {', '.join(names)}, got {op}")
+    try:
+        sizes = tuple(map(int, shape.split("x")))
+    except ValueError:
+        raise ValueError(f"parse: shape must be sizes with x between them, got {shape}") from None
+    return Case(names[norm], sizes, act=act or "identity", groups=groups if norm == "gn" else 1, dtype=kinds[dtype], layout=layout)
+
+
+def select(words: Sequence[str]) -> list[Case]:
+    """Thin stand-in."""
+    return [c for c in MATRIX if "full" in words or c.tier in words]

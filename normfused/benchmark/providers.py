@@ -130,7 +130,7 @@ class Provider:
     make: Callable[[Case], nn.Module]
     absent: str | None = None
 
-    def refuses(self, case: Case) -> str | None:
+    def refuses(self, case: Case, device: str = "cpu") -> str | None:
         """Why it cannot run a case, or None."""
         if self.name == "timm" and (case.norm not in ("batch", "group") or case.residual or len(case.shape) != 4 or case.act == "identity"):
             return "timm has no layer for this"
@@ -165,14 +165,14 @@ def tensors(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor | No
     return one(), (one() if case.residual else None), one()
 
 
-def prepare(provider: Provider, case: Case, device: str) -> nn.Module:
+def prepare(provider: Provider, case: Case, device: str, training: bool = True) -> nn.Module:
     """The provider's module with the parameters that all providers of a case share (by position), in float32 or wider."""
     module = provider.make(case).to(device)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.rand(p.shape, generator=generator) + 0.5)
-    return module.train()
+    return module.train(training)
 
 
 def step(module: nn.Module, x: Tensor, residual: Tensor | None, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
