@@ -16,6 +16,7 @@ import normfused as nf
 from . import _build, dispatch, selftest
 from .backends.cuda import _load
 
+
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -6,6 +6,7 @@ is not timed at all. Results are saved after every case.
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._functorch.config
+import torch._inductor.config
 from torch import nn
 
 from .. import selftest
@@ -53,9 +55,10 @@ class Run:
     directions: Sequence[str]
     modes: Sequence[str]
     rounds: int
-    copy_gbps: float
+    copy_gbps: float = float("nan")
     faulty: dict[str, str] = field(default_factory=dict)  # provider -> what its self-test found
     say: Callable[[Event], None] = lambda event: None
+    left_out: Callable[[Provider, Case], str | None] = lambda provider, case: None
 
 
 class DeviceLost(RuntimeError):
@@ -79,6 +82,7 @@ def run(
     path: Path | None = None,
     resume: Results | None = None,
     compile_workers: int = 0,
+    left_out: Callable[[Provider, Case], str | None] = lambda provider, case: None,
 ) -> Results:
     """Measures ``cases`` by ``providers``, who take turns.
 
@@ -88,7 +92,8 @@ def run(
         seconds: no case is begun after these; those left go to ``not_run``.
         path: saved there after every case.
         resume: results that are gone on with, of the same machine, software, commit and selection; cases in them are not run again.
-        compile_workers: processes that fill Inductor's cache before anything is timed.
+        left_out: why a provider that could run a case is not asked to, or None.
+        compile_workers: processes that fill Inductor's cache before anything is timed, for at most a third of ``seconds``.
 
     Returns:
         All results; Ctrl-C ends the run early, and ``header["interrupted"]`` says so.
@@ -106,20 +111,24 @@ def run(
     known = {row.case for row in results.rows}
     waiting = [c for c in cases if c.name not in known]
     results.not_run = [c.name for c in waiting]
-    on_event(Event("start", f"{len(waiting)} cases", 0, len(waiting), estimate(waiting, present, device, modes)))
+    this = Run(device, directions, modes, rounds, say=on_event, left_out=left_out)
+    guesses = [_guess(case, present, this) for case in waiting]
+    if waiting:
+        on_event(Event("start", f"{len(waiting)} case{'s' * (len(waiting) > 1)}", 0, len(waiting), sum(guesses)))
     try:
         with _torch_set_up(device):
-            rate = timing.copy_rate(device) / 1e9
-            results.header.setdefault("copy_gbps", rate)
-            this = Run(device, directions, modes, rounds, rate, self_tests(present, device), on_event)
+            this.copy_gbps = timing.copy_rate(device) / 1e9
+            results.header.setdefault("copy_gbps", this.copy_gbps)
+            this.faulty = self_tests(present, device)
             results.header["self_test"] = {p.name: this.faulty.get(p.name, "passed") for p in present if backend_of(p) is not None}
             if compile_workers:
-                warm_up(waiting, present, device, modes, compile_workers, on_event)
+                warm_up(waiting, present, this, compile_workers, None if seconds is None else seconds / 3)
+            first = time.monotonic()
             for done, case in enumerate(waiting):
                 if seconds is not None and time.monotonic() - started > seconds:
                     break
                 begun = time.monotonic()
-                on_event(Event("case", case.name, done, len(waiting), _left(started, done, waiting, present, device, modes)))
+                on_event(Event("case", case.name, done, len(waiting), seconds_left(guesses, done, begun - first)))
                 lost = None
                 try:
                     rows = measure_case(case, present, this)
@@ -128,7 +137,7 @@ def run(
                 results.rows += rows
                 results.not_run.remove(case.name)
                 _save(results, path)
-                left = _left(started, done + 1, waiting, present, device, modes)
+                left = seconds_left(guesses, done + 1, time.monotonic() - first)
                 on_event(Event("done", f"{case.name}: {time.monotonic() - begun:.1f} s", done + 1, len(waiting), left, rows))
                 if lost is not None:
                     results.header["interrupted"] = str(lost)
@@ -153,20 +162,15 @@ def gone_on_with(before: Results, now: dict[str, Any]) -> Results:
     return before
 
 
-def estimate(cases: Sequence[Case], providers: Sequence[Provider], device: str, modes: Sequence[str]) -> float:
-    """Seconds, roughly."""
-    return sum(
-        len(modes) * (_SECONDS[device] + (_COMPILATION[device] if _compiles(p) else 0.0))
-        for case in cases
-        for p in providers
-        if left_out(p, case) is None and p.refuses(case, device) is None
-    )
+def _guess(case: Case, providers: Sequence[Provider], this: Run) -> float:
+    """Seconds that a case takes, roughly."""
+    asked = [p for p in providers if this.left_out(p, case) is None and p.refuses(case, this.device) is None]
+    return len(this.modes) * sum(_SECONDS[this.device] + (_COMPILATION[this.device] if _compiles(p) else 0.0) for p in asked)
 
 
-def _left(started: float, done: int, cases: Sequence[Case], providers: Sequence[Provider], device: str, modes: Sequence[str]) -> float:
-    """Seconds for ``cases[done:]``: as long as was guessed, times what the guess has been worth so far."""
-    guessed, ahead = (estimate(part, providers, device, modes) for part in (cases[:done], cases[done:]))
-    return ahead * ((time.monotonic() - started) / guessed if guessed else 1.0)
+def seconds_left(guesses: Sequence[float], done: int, taken: float) -> float:
+    """For all cases but the first ``done``, which took ``taken``: as guessed, times what the guess has been worth so far."""
+    return sum(guesses[done:]) * (taken / sum(guesses[:done]) if sum(guesses[:done]) else 1.0)
 
 
 def _save(results: Results, path: Path | None) -> None:
@@ -196,13 +200,6 @@ def _compiles(provider: Provider) -> bool:
     return "compile" in provider.name
 
 
-def left_out(provider: Provider, case: Case) -> str | None:
-    """Why a provider that could run a case is not asked to."""
-    if "max-autotune" in provider.name and case.tier != "headline":
-        return "autotuning takes minutes: headline cases only"
-    return None
-
-
 def self_tests(providers: Sequence[Provider], device: str) -> dict[str, str]:
     """What is wrong with those of normfused's backends that fail their self-test."""
     faulty = {}
@@ -225,17 +222,24 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
 
 
-def warm_up(
-    cases: Sequence[Case], providers: Sequence[Provider], device: str, modes: Sequence[str], workers: int, say: Callable[[Event], None]
-) -> None:
+def warm_up(cases: Sequence[Case], providers: Sequence[Provider], this: Run, workers: int, seconds: float | None) -> None:
     """Compiles headline cases in ``workers`` processes, through Inductor's cache on disk, before anything is timed."""
-    import multiprocessing
-
     names = [p.name for p in providers if _compiles(p)]
-    jobs = [(name, case, device, mode) for case in cases if case.tier == "headline" for name in names for mode in modes]
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for done, _ in enumerate(pool.imap_unordered(compile_once, jobs)):
-            say(Event("provider", f"compiling ahead, {done + 1} of {len(jobs)}"))
+    jobs = [(name, case, this.device, mode) for case in cases if case.tier == "headline" for name in names for mode in this.modes]
+    ends = None if seconds is None else time.monotonic() + seconds
+    with multiprocessing.get_context("spawn").Pool(workers, _alone) as pool:
+        finished = pool.imap_unordered(compile_once, jobs)
+        for done in range(len(jobs)):
+            this.say(Event("provider", f"compiling ahead, {done} of {len(jobs)}"))
+            try:
+                finished.next(None if ends is None else max(ends - time.monotonic(), 0))
+            except multiprocessing.TimeoutError:
+                break
+
+
+def _alone() -> None:
+    """A worker is one of several already; it must not start more."""
+    torch._inductor.config.compile_threads = 1
 
 
 def compile_once(job: tuple[str, Case, str, str]) -> None:
@@ -247,7 +251,7 @@ def compile_once(job: tuple[str, Case, str, str]) -> None:
         with _torch_set_up(device):
             provider = next(p for p in all_providers(device) if p.name == name)
             module = prepare(provider, case, device, training=mode == "training")
-            data = timing.inputs(case, device, mode == "training")[:1]
+            data = timing.inputs(case, device, mode == "training", sets=1)
             timing.call_of(module, data, "forward_backward" if mode == "training" else "forward")()
     except Exception:
         return
@@ -304,7 +308,7 @@ def _checked(
         if why is not None:
             verdicts[provider.name] = {"status": "failed", "reason": why}
             continue
-        why = left_out(provider, case) or provider.refuses(case, this.device)
+        why = this.left_out(provider, case) or provider.refuses(case, this.device)
         if why is not None:
             verdicts[provider.name] = {"status": "refused", "reason": why}
             continue

@@ -6,7 +6,7 @@ A provider makes a module with ``forward(x, residual)`` from a case. `oracle` is
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +137,11 @@ class Provider:
         return None
 
 
-def all_providers(device: str) -> list[Provider]:
+def names() -> list[str]:
+    return ["eager", "compile", "timm", "normfused-cuda", "normfused-triton", "normfused-torch"]
+
+
+def all_providers(device: str, wanted: Sequence[str] | None = None) -> list[Provider]:
     def timm_absent() -> str | None:
         try:
             import timm  # noqa: F401
@@ -151,7 +155,7 @@ def all_providers(device: str) -> list[Provider]:
         if backend == "triton" and reason is None and device == "cpu":
             reason = "interpreted Triton is not timed"
         found.append(Provider(f"normfused-{backend}", ours(backend), reason))
-    return found
+    return [p for p in found if wanted is None or p.name in wanted]
 
 
 def tensors(case: Case, device: str, seed: int = 0) -> tuple[Tensor, Tensor | None, Tensor]:

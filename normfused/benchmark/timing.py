@@ -66,10 +66,10 @@ def rotation(bytes_of_one: int, device: str) -> int:
     return 1 if device == "cpu" else min(MOST_SETS, max(2, -(-COLD_BYTES // max(bytes_of_one, 1))))
 
 
-def inputs(case: Case, device: str, training: bool = True) -> list[Inputs]:
-    """Random sets of tensors whose inputs together exceed the L2 cache; one set on a CPU."""
+def inputs(case: Case, device: str, training: bool = True, sets: int | None = None) -> list[Inputs]:
+    """Random sets of tensors: as many (or ``sets``) as together exceed the L2 cache; one on a CPU."""
     found = []
-    for seed in range(rotation(case.tensor_bytes * (2 if case.residual else 1), device)):
+    for seed in range(sets or rotation(case.tensor_bytes * (2 if case.residual else 1), device)):
         x, residual, dy = tensors(case, device, seed)
         leaves = tuple(t.requires_grad_(training) for t in (x, residual) if t is not None)
         # with a residual there may be two outputs, and the second one's gradient must be other memory
@@ -146,7 +146,8 @@ def device_us(run: Call, calls: int) -> float:
     run()
     end.record()
     end.synchronize()
-    return 1e3 * begin.elapsed_time(end) / calls
+    milliseconds: float = begin.elapsed_time(end)
+    return 1e3 * milliseconds / calls
 
 
 def host_us(run: Call, calls: int) -> float:
@@ -227,7 +228,7 @@ def launches_in(graph: torch.cuda.CUDAGraph) -> int | None:
 
 def launches_seen(call: Call) -> int | None:
     """The same of one call by torch's profiler; None where the profiler sees nothing of the device, as in some sandboxes."""
-    from torch.autograd import DeviceType
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
     if ProfilerActivity.CUDA not in torch.profiler.supported_activities():
@@ -287,7 +288,8 @@ def _burst(call: Call) -> Callable[[], float]:
 
 
 def _on_gpu(modules: Mapping[str, nn.Module], data: Sequence[Inputs], direction: str, rounds: int) -> dict[str, Figures | Exception]:
-    found: dict[str, Figures | Exception] = {}
+    figures: dict[str, Figures] = {}
+    failed: dict[str, Exception] = {}
     timers: dict[str, dict[str, Callable[[], float]]] = {"device_us": {}, "device_warm_us": {}, "host_us": {}}
     free()
     pool = torch.cuda.graph_pool_handle()
@@ -297,19 +299,18 @@ def _on_gpu(modules: Mapping[str, nn.Module], data: Sequence[Inputs], direction:
             cold = captured(call_of(module, data, direction), max(len(data), CALLS // 2), len(data), pool)
             warm = captured(same, pool=pool)
             launches = launches_seen(same) if cold.launches is None else cold.launches
-            figures = Figures(launches=launches, peak_bytes=peak_bytes(same), note="; ".join(_notes(cold, data)) or None)
+            figures[name] = Figures(launches=launches, peak_bytes=peak_bytes(same), note="; ".join(_notes(cold, data)) or None)
         except Exception as error:  # the others are still worth their figures; a device that is lost shows in what follows
-            found[name] = error
+            failed[name] = error
             continue
-        found[name] = figures
         timers["device_us"][name], timers["device_warm_us"][name] = cold.us, warm.us
         timers["host_us"][name] = partial(host_us, repeated(same, CALLS), CALLS)
     for kind, clocks in timers.items():
         for name, values in take_turns(clocks, rounds).items():
-            setattr(found[name], kind, statistics.median(values))
+            setattr(figures[name], kind, statistics.median(values))
             if kind == "device_us":
-                setattr(found[name], "spread", spread(values))
-    return found
+                figures[name].spread = spread(values)
+    return {**figures, **failed}
 
 
 def _notes(cold: Captured, data: Sequence[Inputs]) -> Iterator[str]:

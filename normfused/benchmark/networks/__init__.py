@@ -17,7 +17,9 @@ def absent(device: str) -> dict[str, str]:
 def run(names: Sequence[str], *, device: str, on_row: Callable[[NetworkRow], None], **options: Any) -> list[NetworkRow]:
     rows = []
     for name in names:
-        row = NetworkRow(name, options.get("batch") or 1, (1, 3, 8, 8), "contiguous", "float32", "training", "normfused", "eager", step_ms=1.0)
+        row = NetworkRow(
+            name, options.get("batch") or 1, (1, 3, 8, 8), "contiguous", "float32", "training", "normfused", "eager", step_ms=1.0
+        )
         on_row(row)
         rows.append(row)
     return rows
