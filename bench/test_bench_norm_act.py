@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
+from normfused.benchmark.accuracy import error_against_float64
 from normfused.benchmark.cases import MATRIX, QUICK, Case
-from normfused.benchmark.providers import Provider, all_providers, error_against_float64, prepare, saved_bytes, step, tensors
+from normfused.benchmark.providers import Provider, all_providers, prepare, saved_bytes, step, tensors
 from normfused.benchmark.timing import SMALL_BYTES, clock, graphed, host_seconds, rotation, threads_for
 
 
@@ -23,7 +24,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for case in (QUICK if quick else MATRIX)
         for direction in ("forward", "forward_backward")
         for provider in providers
-        if provider.refuses(case) is None
+        if provider.refuses(case, device) is None
     ]
     metafunc.parametrize(("case", "provider", "direction"), combinations)
 

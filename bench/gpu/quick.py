@@ -20,8 +20,9 @@ from typing import Any
 import torch
 import torch._functorch.config
 
+from normfused.benchmark.accuracy import error_against_float64
 from normfused.benchmark.cases import CHANNELS_LAST, Case
-from normfused.benchmark.providers import Provider, all_providers, error_against_float64, prepare, tensors
+from normfused.benchmark.providers import Provider, all_providers, prepare, tensors
 from normfused.benchmark.timing import COLD_BYTES
 
 from .facts import MIB, about, copy_gbps, save
@@ -137,7 +138,7 @@ def measure(case: Case, providers: list[Provider], device: str, rounds: int) -> 
     data = data_of(case, device)
     times = max(len(data), 10)
     for provider in providers:
-        reason = provider.refuses(case)
+        reason = provider.refuses(case, device)
         if reason is not None:
             continue
         try:
