@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from .cases import CHANNELS_LAST, Case
 from .providers import Chain, activation, eps_of
 
-HALF = (torch.float16, torch.bfloat16)
 Refusal = Callable[[Case, str, bool], "str | None"]
 
 
@@ -73,9 +72,11 @@ def _only(*norms: str) -> Refusal:
     return refuses
 
 
-def _also(first: Refusal, *others: Callable[[Case, bool], str | None]) -> Refusal:
+def _all(*refusals: Refusal) -> Refusal:
+    """The first reason of several."""
+
     def refuses(case: Case, device: str, training: bool) -> str | None:
-        return first(case, device, training) or next((r for r in (other(case, training) for other in others) if r), None)
+        return next((reason for reason in (r(case, device, training) for r in refusals) if reason), None)
 
     return refuses
 
@@ -118,11 +119,13 @@ def _timm(case: Case) -> nn.Module:
         return Chain(layers.FilterResponseNormTlu2d(case.channels, eps=eps_of(case), dtype=case.parameter_dtype), None, None)
     options: dict[str, Any] = {"eps": eps_of(case), "act_layer": act}
     if case.norm == "batch":
-        return Chain(layers.BatchNormAct2d(case.channels, **options), None, None)
-    return Chain(layers.GroupNormAct(case.channels, num_groups=case.groups, **options).to(case.parameter_dtype), None, None)
+        norm = layers.BatchNormAct2d(case.channels, **options)
+    else:
+        norm = layers.GroupNormAct(case.channels, num_groups=case.groups, **options)
+    return Chain(norm.to(case.parameter_dtype), None, None)
 
 
-def _timm_lacks(case: Case, training: bool) -> str | None:
+def _timm_lacks(case: Case, device: str, training: bool) -> str | None:
     plain = ("relu", "silu", "gelu", "hardswish", "mish", "elu", "leaky_relu")  # classes that need no argument to be the case's
     if case.residual or len(case.shape) != 4 or case.act not in (("tlu",) if case.norm == "frn" else plain):
         return "it has no layer that joins these steps"
@@ -203,7 +206,7 @@ def _torchnorm(case: Case) -> nn.Module:
     return _chain(torchnorm.RMSNorm(case.channels, eps=eps_of(case)), case)
 
 
-def _torchnorm_calls_torch(case: Case, training: bool) -> str | None:
+def _torchnorm_calls_torch(case: Case, device: str, training: bool) -> str | None:
     return "its group and instance norm call torch's" if case.norm in ("group", "instance") else None
 
 
@@ -288,7 +291,7 @@ class _Gems(_Affine):
         return rms_norm(x, weight.shape, weight, eps)
 
 
-def _gems_lacks(case: Case, training: bool) -> str | None:
+def _gems_lacks(case: Case, device: str, training: bool) -> str | None:
     if case.norm == "batch" and not training:
         return "its batch norm has no backward in eval mode"
     return "it reads rows of a matrix" if case.rows and len(case.shape) != 2 else None
@@ -442,7 +445,7 @@ def _cudnn(case: Case) -> nn.Module:
     return Chain(norm, None if norm.relu else activation(case), case.residual)
 
 
-def _cudnn_lacks(case: Case, training: bool) -> str | None:
+def _cudnn_lacks(case: Case, device: str, training: bool) -> str | None:
     if case.norm == "batch" and (case.residual or case.layout != CHANNELS_LAST):
         return "its graph of batch norm and ReLU wants channels_last, and a tensor to compare with where a residual is added"
     if case.norm == "batch" and not training:
@@ -460,15 +463,19 @@ class _InPlaceABN(nn.Module):
         super().__init__()
         from inplace_abn import InPlaceABN
 
-        self.norm = InPlaceABN(case.channels, eps=eps_of(case), activation=case.act, activation_param=1.0 if case.act == "elu" else 0.01)
+        slope = 1.0 if case.act == "elu" else 0.01
+        norm = InPlaceABN(case.channels, eps=eps_of(case), activation=case.act, activation_param=slope)
+        self.norm = norm.to(case.parameter_dtype)
 
     def forward(self, x: Tensor) -> Any:
         return self.norm(x.clone())
 
 
-def _abn_lacks(case: Case, training: bool) -> str | None:
+def _abn_lacks(case: Case, device: str, training: bool) -> str | None:
     if case.act not in ("identity", "leaky_relu", "elu") or case.residual:
         return "it has only activations that can be inverted (identity, leaky_relu, elu), and no residual"
+    if case.dtype == torch.bfloat16 or (case.dtype == torch.float16 and device == "cpu"):
+        return f"it has no kernels for {str(case.dtype).removeprefix('torch.')} here"
     return "its backward is for training mode" if not training else None
 
 
@@ -505,7 +512,7 @@ def _apex(case: Case) -> nn.Module:
     return _chain((FusedLayerNorm if case.norm == "layer" else FusedRMSNorm)(case.channels, eps=eps_of(case)), case)
 
 
-def _apex_lacks(case: Case, training: bool) -> str | None:
+def _apex_lacks(case: Case, device: str, training: bool) -> str | None:
     if case.norm in ("batch", "group") and (case.layout != CHANNELS_LAST or len(case.shape) != 4):
         return "its batch and group norm want channels_last maps"
     if case.norm == "batch" and (case.dtype != torch.float16 or case.act not in ("identity", "relu") or case.channels % 4):
@@ -518,12 +525,12 @@ def _apex_lacks(case: Case, training: bool) -> str | None:
 
 
 PEERS: dict[str, Peer] = {
-    "timm": Peer("timm.layers", "pip install timm", _timm, _also(_only("batch", "group", "frn"), _timm_lacks), gpu_only=False),
+    "timm": Peer("timm.layers", "pip install timm", _timm, _all(_only("batch", "group", "frn"), _timm_lacks), gpu_only=False),
     "cudnn-frontend": Peer(
         "cudnn.ops.norm",
         "pip install nvidia-cudnn-frontend",
         _cudnn,
-        _also(_only("batch", "instance", "layer", "rms"), _cudnn_lacks),
+        _all(_only("batch", "instance", "layer", "rms"), _cudnn_lacks),
     ),
     "liger-kernel": Peer("liger_kernel.transformers", "pip install liger-kernel", _liger, _only("group", "layer", "rms")),
     "quack-kernels": Peer("quack.rmsnorm", "pip install quack-kernels", _quack, _only("layer", "rms")),
@@ -531,19 +538,19 @@ PEERS: dict[str, Peer] = {
         "torchnorm",
         "pip install torchnorm",
         _torchnorm,
-        lambda case, device, training: _torchnorm_calls_torch(case, training) or _only("layer", "rms")(case, device, training),
+        _all(_torchnorm_calls_torch, _only("layer", "rms")),
         gpu_only=False,
     ),
     "flag-gems": Peer(
         "flag_gems", "pip install flag-gems", lambda case: Chain(_Gems(case), activation(case), case.residual),
-        _also(_only("batch", "group", "instance", "layer", "rms"), _gems_lacks),
+        _all(_only("batch", "group", "instance", "layer", "rms"), _gems_lacks),
     ),
     "inplace-abn": Peer(
         "inplace_abn", "pip install --no-build-isolation inplace-abn", lambda case: Chain(_InPlaceABN(case), None, None),
-        _also(_only("batch"), _abn_lacks), gpu_only=False,
+        _all(_only("batch"), _abn_lacks), gpu_only=False,
     ),
     "apex": Peer(
         "apex.normalization", "build it from github.com/NVIDIA/apex (PyPI's apex is another project)", _apex,
-        _also(_only("batch", "group", "layer", "rms"), _apex_lacks),
+        _all(_only("batch", "group", "layer", "rms"), _apex_lacks),
     ),
 }  # fmt: skip

@@ -30,7 +30,7 @@ def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
 
 
 class FRN(nn.Module):
-    """Filter response norm as papers list it."""
+    """Filter response norm as papers list it; the mean of squares in float32, as autocast has it (float16 would overflow in backward)."""
 
     def __init__(self, channels: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
@@ -38,8 +38,9 @@ class FRN(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        square = x.pow(2).mean(tuple(range(2, x.dim())), keepdim=True)
-        return x * torch.rsqrt(square + self.eps) * _per_channel(self.weight, x) + _per_channel(self.bias, x)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        square = x.pow(2).mean(tuple(range(2, x.dim())), keepdim=True, dtype=wide)
+        return x * torch.rsqrt(square + self.eps).to(x.dtype) * _per_channel(self.weight, x) + _per_channel(self.bias, x)
 
 
 class PlainTLU(nn.Module):
