@@ -295,15 +295,16 @@ def _quick(op: str, shape: str, layout: str = CONTIGUOUS, groups: int = 32) -> C
 
 _LARGE = [
     *(_quick("bn_relu", "8x64x56x56", layout) for layout in (CONTIGUOUS, CHANNELS_LAST)),
-    *(_quick("bn_add_relu", "8x64x56x56", layout) for layout in (CONTIGUOUS, CHANNELS_LAST)),
-    _quick("bn_silu", "8x96x56x56", CHANNELS_LAST),
+    _quick("bn_add_relu", "8x64x56x56", CHANNELS_LAST),
+    _quick("bn_silu", "8x96x56x56"),
     *(_quick("gn_silu", "4x320x32x32", layout) for layout in (CONTIGUOUS, CHANNELS_LAST)),
-    *(_quick("in_leaky_relu", "2x32x32x32x32", layout) for layout in (CONTIGUOUS, CHANNELS_LAST)),
+    _quick("in_leaky_relu", "2x32x32x32x32"),
+    _quick("in_leaky_relu", "8x64x48x48", CHANNELS_LAST),
     _quick("ln_gelu", "3136x384"),
     _quick("ln2d_gelu", "4x96x56x56", CHANNELS_LAST),
     _quick("add_rms", "1024x1024"),
-    *(_quick("frn_tlu", "8x64x56x56", layout) for layout in (CONTIGUOUS, CHANNELS_LAST)),
-    _quick("bin", "8x64x48x48"),
+    _quick("frn_tlu", "8x64x56x56"),
+    _quick("bin", "8x64x48x48", CHANNELS_LAST),
 ]
 _SMALL = [
     _quick("bn_relu", "2x64x8x8"),
