@@ -7,14 +7,15 @@ from math import ceil, isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .comparison import COMPILE, EAGER, OURS, Comparison, comparisons, headline, network_comparisons
+from .cases import Case
+from .comparison import COMPILE, EAGER, Comparison, comparisons, headline, network_comparisons
 from .results import OperatorRow, Results, by
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "drawn", "label"]
+__all__ = ["draw", "drawn", "itemsize", "label", "label_of"]
 
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, YELLOW = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"
 GREY = "#7F7F7F"
@@ -41,7 +42,7 @@ def drawn(results: Results, folder: Path, prefix: str = "") -> tuple[list[Path],
         return [], {"charts": "matplotlib is not installed: pip install matplotlib"}
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "figure.titlesize": 11}
+    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "figure.titlesize": 11}
     files, reasons = [], {}
     with matplotlib.rc_context(style):
         for name, chart in _charts(results):
@@ -60,43 +61,51 @@ def drawn(results: Results, folder: Path, prefix: str = "") -> tuple[list[Path],
 def _charts(results: Results) -> Iterator[tuple[str, Callable[[], Figure | str]]]:
     found = comparisons(results)
     most = headline(found)
-    yield "speedup", lambda: _speedup(results, most[:_MOST_CASES], "forward + backward, training, largest of each kind")
+    yield from _speedups(results, "speedup", "largest of each kind", most)
     yield "bandwidth", lambda: _bandwidth(results, found)
     yield "memory", lambda: _memory(results, most)
     yield "networks", lambda: _networks(results)
     yield "error", lambda: _error(results)
-    steps = [c for c in found if c.mode == "training" and c.direction == "forward_backward" and _factors(c)]
-    if len(steps) <= len(most[:_MOST_CASES]):
-        return
-    families: dict[str, list[Comparison]] = {}
-    for c in steps:
-        families.setdefault(c.any.family or c.any.norm, []).append(c)
-    for family, members in families.items():
-        pages = ceil(len(members) / _MOST_CASES)
-        size = ceil(len(members) / pages)
-        for page in range(pages):
-            part = members[page * size : (page + 1) * size]
-            suffix = f"-{page + 1}" if pages > 1 else ""
-            title = f"{family}, forward + backward, training" + (f" ({page + 1} of {pages})" if pages > 1 else "")
-            name = "".join(ch if ch.isalnum() else "-" for ch in family.lower())
-            yield f"speedup-{name}{suffix}", lambda part=part, title=title: _speedup(results, part, title)  # type: ignore[misc]
+    steps = [c for c in found if c.mode == "training" and c.direction == "forward_backward"]
+    if len(steps) > len(most):
+        yield from _speedups(results, "all-speedup", "all cases", steps)
+
+
+def _speedups(results: Results, name: str, text: str, chosen: list[Comparison]) -> Iterator[tuple[str, Callable[[], Figure | str]]]:
+    """One picture, or several of about the same length."""
+    chosen = [c for c in chosen if _factors(c)]
+    pages = max(1, ceil(len(chosen) / _MOST_CASES))
+    size = ceil(len(chosen) / pages)
+    for page in range(pages):
+        part = chosen[page * size : (page + 1) * size]
+        title = f"forward + backward, training, {text}" + (f" ({page + 1} of {pages})" if pages > 1 else "")
+        suffix = f"-{page + 1}" if page else ""
+        yield f"{name}{suffix}", lambda part=part, title=title: _speedup(results, part, title)  # type: ignore[misc]
 
 
 # -------------------------------------------------------------------------------------------------------------------- pieces
 def label(row: OperatorRow) -> str:
     """A case in few words: ``BN+add+ReLU 32x256x56x56 NHWC``; the type where it is not bfloat16."""
+    return _words(row.norm, row.act, row.residual, row.shape, row.layout, row.dtype)
+
+
+def label_of(case: Case) -> str:
+    return _words(case.norm, case.act, case.residual, case.shape, case.layout, str(case.dtype).removeprefix("torch."))
+
+
+def _words(norm: str, act: str, residual: str | None, shape: tuple[int, ...], layout: str, dtype: str) -> str:
     words = {"batch": "BN", "group": "GN", "instance": "IN", "layer": "LN", "rms": "RMS", "frn": "FRN"}
     acts = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "leaky_relu": "LeakyReLU", "tlu": "TLU"}
-    parts = [words.get(row.norm, row.norm)]
-    if row.residual == "pre_norm":
+    parts = [words.get(norm, norm)]
+    if residual == "pre_norm":
         parts.insert(0, "add")
-    elif row.residual:
+    elif residual:
         parts.append("add")
-    if row.act != "identity":
-        parts.append(acts.get(row.act, row.act))
-    maps = {"contiguous": " NCHW", "channels_last": " NHWC"}[row.layout] if len(row.shape) > 2 else ""
-    kind = {"bfloat16": "", "float16": " fp16", "float32": " fp32", "float64": " fp64"}.get(row.dtype, f" {row.dtype}")
-    return f"{'+'.join(parts)} {'x'.join(map(str, row.shape))}{maps}{kind}"
+    if act != "identity":
+        parts.append(acts.get(act, act))
+    maps = {"contiguous": " NCHW", "channels_last": " NHWC"}[layout] if len(shape) > 2 else ""
+    kind = {"bfloat16": "", "float16": " fp16", "float32": " fp32", "float64": " fp64"}.get(dtype, f" {dtype}")
+    return f"{'+'.join(parts)} {'x'.join(map(str, shape))}{maps}{kind}"
 
 
 def _title(results: Results, text: str) -> str:
@@ -122,10 +131,13 @@ def _factors(c: Comparison) -> dict[str, float]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _plain(axis: Any) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+def _plain(axis: Any, subs: tuple[int, ...] | None = None) -> None:
+    """Numbers, not powers, at ticks of a logarithmic axis; ``subs``: at these multiples of powers of 10."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if subs is not None:
+        axis.set_major_locator(LogLocator(subs=subs, numticks=30))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1e4 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -181,7 +193,7 @@ def _bandwidth(results: Results, found: list[Comparison]) -> Figure | str:
             continue
         for name, row in ((EAGER, c.eager), (COMPILE, c.compiled), ("normfused", c.ours)):
             if row is not None and row.status == "ok" and row.gbps:
-                size = prod(row.shape) * _itemsize(row.dtype) / 1e6
+                size = prod(row.shape) * itemsize(row.dtype) / 1e6
                 points[c.direction].setdefault(name, []).append((size, row.gbps))
     passes = [d for d in passes if points[d]]
     if not passes:
@@ -199,7 +211,7 @@ def _bandwidth(results: Results, found: list[Comparison]) -> Figure | str:
         axis.set(xscale="log", yscale="log", xlabel="size of x (MB)", title=direction.replace("_", " + "))
         axis.grid(alpha=0.3, linewidth=0.5)
         _plain(axis.xaxis)
-        _plain(axis.yaxis)
+        _plain(axis.yaxis, (1, 2, 5))
     axes[0][0].set_ylabel("bytes that must move / time (GB/s)")
     figure.suptitle(_title(results, "Rate by size of the tensor, training"))
     handles = {text: handle for axis in axes[0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -207,7 +219,7 @@ def _bandwidth(results: Results, found: list[Comparison]) -> Figure | str:
     return figure
 
 
-def _itemsize(dtype: str) -> int:
+def itemsize(dtype: str) -> int:
     return {"float64": 8, "float32": 4}.get(dtype, 2)
 
 
@@ -215,7 +227,7 @@ def _memory(results: Results, chosen: list[Comparison]) -> Figure | str:
     quantities = {"saved_bytes": "saved for the backward", "peak_bytes": "peak above what was there"}
 
     def of(c: Comparison, quantity: str) -> dict[str, float]:
-        size = prod(c.any.shape) * _itemsize(c.any.dtype)
+        size = prod(c.any.shape) * itemsize(c.any.dtype)
         rows = {EAGER: c.eager, COMPILE: c.compiled, "normfused": c.ours}
         given = {name: None if row is None else getattr(row, quantity) for name, row in rows.items()}
         return {name: value / size for name, value in given.items() if value is not None}
@@ -224,7 +236,7 @@ def _memory(results: Results, chosen: list[Comparison]) -> Figure | str:
     chosen = [c for c in chosen if any(of(c, q) for q in shown)]
     # what differs is the kind, not the size: one case for each chain and type
     kinds = {(c.any.norm, c.any.act, c.any.residual, c.any.layout, c.any.dtype): c for c in reversed(chosen)}
-    chosen = list(reversed(kinds.values()))[:_MOST_CASES]
+    chosen = list(reversed(kinds.values()))[: 2 * _MOST_CASES]
     if not chosen:
         return "no row has saved or peak bytes"
     figure, axes = _figure(1, len(shown), height=1.6 + 0.42 * len(chosen), sharey=True)
@@ -284,8 +296,8 @@ def _error(results: Results) -> Figure | str:
     if not rows:
         return "no row has an error"
     kinds = by(rows, "dtype")
-    order = [EAGER, COMPILE, *OURS]
-    providers = sorted({r.provider for r in rows}, key=lambda p: (order.index(p) if p in order else len(order), p))
+    order = [EAGER, COMPILE, "normfused", None]  # peers last
+    providers = sorted({r.provider for r in rows}, key=lambda p: (order.index(_family(p)), p))
     figure, axes = _figure(1, len(kinds), height=1.5 + 0.3 * len(providers), sharey=True)
     smallest = 1e-6
     for axis, ((dtype,), members) in zip(axes[0], kinds.items(), strict=True):

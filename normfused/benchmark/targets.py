@@ -367,7 +367,7 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "P14",
         "whole networks, training step",
-        "ResNet-50, 256 samples, channels_last >= 1.12x eager, >= 1.03x compile; nnU-Net channels_last >= 1.25x; GN U-Net, 1 sample >= 1.2x",
+        "ResNet-50, 256 NHWC samples: >= 1.12x eager, >= 1.03x compile; nnU-Net NHWC >= 1.25x; GN U-Net, one sample >= 1.2x",
         "the bytes of their norms",
         (
             network("ResNet-50 eager", "resnet50", 1.12, layout=CHANNELS_LAST, batch=256),

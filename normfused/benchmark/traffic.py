@@ -1,8 +1,8 @@
 """Bytes: those that must move, those that each of normfused's routes asks for, those of torch.nn's chain, and those the emulation counted.
 
-T = bytes of x. Parameters, moments and partial sums are left out: they are per channel or per set. ``python -m normfused.benchmark.traffic``
-runs every case of the matrix, scaled down, under the emulation of the CUDA kernels and writes what it counted to
-``bench/results/traffic.json``.
+T = bytes of x. Parameters, moments and partial sums are left out: they are per channel or per set.
+``python -m normfused.benchmark.traffic`` runs every case of the matrix, scaled down, under the emulation of the CUDA kernels and writes
+what it counted to ``bench/results/traffic.json``.
 """
 
 from __future__ import annotations
@@ -325,7 +325,7 @@ def main() -> int:
         return 1
     lines, known = [], {}
     for case in dict.fromkeys([*cases.MATRIX, *cases.QUICK]):
-        entries = {}
+        entries: dict[str, dict[str, Any]] = {}
         for mode in modes_of(case):
             planned = routes(case, mode)
             assert planned is not None
