@@ -71,7 +71,8 @@ def comparisons(results: Results) -> list[Comparison]:
     """In the order of the file."""
     device = results.header.get("device", "cpu")
     return [
-        Comparison(*key, device, {row.provider: row for row in rows}) for key, rows in by(results.rows, "case", "mode", "direction").items()
+        Comparison(case, mode, direction, device, {row.provider: row for row in rows})
+        for (case, mode, direction), rows in by(results.rows, "case", "mode", "direction").items()
     ]
 
 
