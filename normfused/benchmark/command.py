@@ -14,8 +14,9 @@ import torch
 
 import normfused as nf
 
+from .. import _build
 from . import header as headers
-from . import networks, operators
+from . import networks, operators, report
 from .cases import CHANNELS_LAST, CONTIGUOUS, MATRIX, QUICK, Case, parse
 from .comparison import COMPILE, EAGER, is_ours
 from .providers import Provider, all_providers, names
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     """0: done; 1: a provider of normfused was wrong or failed; 2: the command cannot be carried out; 130: Ctrl-C, results kept."""
     try:
         if arguments[:1] == ["report"]:
-            return _report(arguments[1:])
+            return report.main(list(arguments[1:]))
         options = _parser().parse_args(arguments)
         device = _device(options.device)
         return _list(device) if options.list else _bench(options, device)
@@ -125,13 +126,17 @@ def _providers(options: argparse.Namespace, device: str) -> list[Provider]:
 
 
 def _left_out(options: argparse.Namespace, device: str) -> Callable[[Provider, Case], str | None]:
-    """What the quick set does without for the sake of time, unless providers are named."""
-    quick = device == "cpu" and not (options.full or options.op or options.providers)
+    """What is done without for the sake of time, unless providers are named or one operator is asked for."""
+    everything = bool(options.op or options.providers)
 
     def why(provider: Provider, case: Case) -> str | None:
-        if quick and provider.name == COMPILE and (case.layout == CHANNELS_LAST or case.tensor_bytes < SMALL_BYTES):
-            return f"left out of the quick set, as compiling takes seconds; to have it: --providers {' '.join(_ON_A_CPU)}"
-        return None
+        if everything or not provider.name.startswith(COMPILE):
+            return None
+        if device == "cuda":
+            tuned = provider.name != COMPILE and case.tier != "headline"
+            return "autotuning takes long: headline cases only, unless --providers names it" if tuned else None
+        hard = case.layout == CHANNELS_LAST or case.tensor_bytes < SMALL_BYTES
+        return f"compiling takes long: large contiguous cases only; for all: --providers {' '.join(_ON_A_CPU)}" if hard else None
 
     return why
 
@@ -157,11 +162,6 @@ def _parts(options: argparse.Namespace) -> tuple[bool, bool]:
     return "operators" in parts, "networks" in parts
 
 
-def _checkout() -> Path | None:
-    root = Path(nf.__file__).resolve().parents[1]
-    return root if (root / "bench" / "results").is_dir() else None
-
-
 def _file(options: argparse.Namespace, device: str) -> Path:
     """Where results go; UserError unless a file can be written there."""
     path: Path = options.json or options.resume or _new_file(options, device)
@@ -179,7 +179,7 @@ def _file(options: argparse.Namespace, device: str) -> Path:
 
 def _new_file(options: argparse.Namespace, device: str) -> Path:
     """One that is not there yet; in bench/results of the checkout only what is a whole set of cases."""
-    root = None if options.op or options.model else _checkout()
+    root = None if options.op or options.model else _build.checkout()
     folder = (OUTSIDE if root is None else root / "bench" / "results") / folder_name(headers.machine_name(device))
     stem = f"{time.strftime('%Y-%m-%d', time.gmtime())}-{headers.commit()[0] or nf.__version__}"
     names = (f"{stem}{f'-{k}' if k > 1 else ''}.json" for k in itertools.count(1))
@@ -266,7 +266,7 @@ def _finish(results: Results, path: Path, options: argparse.Namespace, screen: S
     if results.not_run:
         screen.say(f"{len(results.not_run)} cases were not run; to go on: the same command with --resume {path}")
     if options.plot is not None:
-        _write_report([results], path.parent if options.plot == Path() else options.plot, screen)
+        _write_report(path, path.with_suffix("") if options.plot == Path() else options.plot, screen)
     screen.say(f"Results: {path}")
     screen.say(f"headline: {headline(results)}")
     interrupted = results.header.get("interrupted")
@@ -279,41 +279,10 @@ def _finish(results: Results, path: Path, options: argparse.Namespace, screen: S
     return 1 if bad or interrupted else 0
 
 
-def _report(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m normfused bench report", description="Tables and pictures of results.")
-    parser.add_argument("files", nargs="*", type=Path, help="default: the newest file of every machine in bench/results")
-    parser.add_argument("--out", type=Path, help="default: docs/ of the checkout, else normfused-bench/")
-    options = parser.parse_args(arguments)
-    root = _checkout()
-    files = options.files or _newest(root / "bench" / "results" if root else OUTSIDE)
-    if not files:
-        raise UserError("there are no results yet; run: python -m normfused bench")
-    out = options.out or (root / "docs" if root else OUTSIDE)
-    _write_report([_load(path) for path in files], out, Screen())
-    return 0
-
-
-def _newest(folder: Path) -> list[Path]:
-    """Of every machine, by the date in their headers."""
-    found: dict[Path, tuple[str, Path]] = {}
-    for path in sorted(folder.glob("*/[0-9]*.json")):
-        date = _load(path).header["date"]
-        if path.parent not in found or date >= found[path.parent][0]:
-            found[path.parent] = date, path
-    return [path for _, path in found.values()]
-
-
-def _write_report(results: list[Results], folder: Path, screen: Screen) -> None:
-    from . import charts, report
-
+def _write_report(path: Path, folder: Path, screen: Screen) -> None:
     try:
-        screen.say(f"Report: {report.write(results, folder)}")
-        for found in results:
-            pictures = charts.draw(found, folder)
-            if pictures:
-                screen.say(f"Pictures: {', '.join(str(p) for p in pictures)}")
-    except ImportError as error:
-        screen.say(f"No pictures: {error}; pip install normfused[bench]")
+        for written in report.write([path], folder, folder / "pictures"):
+            screen.say(f"Report: {written}")
     except OSError as error:
         raise UserError(f"the report cannot be written to {folder}: {error.strerror or error}") from None
 

@@ -22,9 +22,9 @@ from torch import nn
 
 from .. import selftest
 from ..explain import explain
+from . import accuracy
 from . import header as headers
-from . import timing, traffic
-from .accuracy import Oracle
+from . import, timing, traffic
 from .cases import Case
 from .providers import Provider, prepare, saved_bytes
 from .results import MODES, PASSES, OperatorRow, Results
@@ -292,6 +292,7 @@ def _measure_mode(case: Case, mode: str, directions: list[str], providers: Seque
             rows += [_failed(case, mode, d, p.name) for d in directions[directions.index(direction) + 1 :] for p in providers]
             raise DeviceLost(rows)
     del modules, data
+    torch.compiler.reset()  # else it would keep what it compiled
     timing.free()
     return rows
 
@@ -302,24 +303,24 @@ def _checked(
     """(fields of every provider's rows, modules of those that are right)."""
     verdicts: dict[str, dict[str, Any]] = {}
     modules: dict[str, nn.Module] = {}
-    oracle = Oracle(case, this.device, training=training)
+    oracle = accuracy.Oracle(case, this.device, training)
     for provider in providers:
         why = this.faulty.get(provider.name)
         if why is not None:
             verdicts[provider.name] = {"status": "failed", "reason": why}
             continue
-        why = this.left_out(provider, case) or provider.refuses(case, this.device)
+        why = this.left_out(provider, case) or provider.refuses(case, this.device, training)
         if why is not None:
             verdicts[provider.name] = {"status": "refused", "reason": why}
             continue
         this.say(Event("provider", f"{'compiling and checking' if _compiles(provider) else 'checking'} {provider.name}"))
         try:
-            errors = oracle.errors(provider)
-            fields: dict[str, Any] = {"max_err": errors.max_err, "err_of_allowed": errors.of_allowed}
-            if errors.of_allowed <= 1:  # not so for NaN
+            found = accuracy.errors(provider, case, this.device, training, oracle)
+            fields: dict[str, Any] = {"max_err": found.max_err, "err_of_allowed": found.of_allowed}
+            if not found.wrong:
                 modules[provider.name] = prepare(provider, case, this.device, training=training)
             else:
-                fields |= {"status": "wrong", "reason": f"{errors.of_allowed:.3g} times the allowed error in {errors.worst}"}
+                fields |= {"status": "wrong", "reason": f"{found.of_allowed:.3g} times the allowed error in {found.worst}"}
             verdicts[provider.name] = fields
         except Exception as error:
             verdicts[provider.name] = {"status": "failed", "reason": first_line(error)}
