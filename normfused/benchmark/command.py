@@ -227,7 +227,7 @@ def _bench(options: argparse.Namespace, device: str) -> int:
                 compile_workers=options.compile_workers,
                 left_out=_left_out(options, device),
             )
-    except ValueError as error:  # resume
+    except operators.CannotResume as error:
         raise UserError(str(error)) from None
     if chosen and "interrupted" not in results.header:
         left = None if options.seconds is None else options.seconds - (time.monotonic() - started)
@@ -238,22 +238,22 @@ def _bench(options: argparse.Namespace, device: str) -> int:
 def _run_networks(
     results: Results, names: list[str], options: argparse.Namespace, device: str, seconds: float | None, path: Path, screen: Screen
 ) -> None:
-    small = True if options.quick or (device == "cpu" and options.model is None) else None
     results.absent |= networks.absent(device)
-    done = {(row.network, row.batch) for row in results.networks}
-    waiting = [n for n in names if options.batch is None or (n, options.batch) not in done]
-    if options.batch is None:
-        waiting = [n for n in waiting if n not in {network for network, _ in done}]
-    screen.say(f"Networks: {', '.join(waiting) or 'all of them are in the file already'}" + (" (small versions)" if small else ""))
+    done = {row.network for row in results.networks if options.batch in (None, row.batch)}
+    waiting = [name for name in names if name not in done]
+    screen.say(f"Networks: {', '.join(waiting) or 'all of them are in the file already'}")
 
     def on_row(row: NetworkRow) -> None:
+        if row.status == "refused":  # there was no time for it: not a result, and --resume is to try again
+            results.not_run += [row.network] if row.network not in results.not_run else []
+            return
         results.networks.append(row)
         results.save(path)
         figure = f"{row.step_ms:.1f} ms" if row.step_ms is not None else f"{row.status}: {row.reason}"
-        screen.say(f"  {row.network} {row.mode}, {row.norms}, {row.execution}: {figure}")
+        screen.say(f"  {row.network} batch {row.batch} {row.layout} {row.mode}, {row.norms}, {row.execution}: {figure}")
 
     try:
-        networks.run(waiting, device=device, batch=options.batch, small=small, seconds=seconds, on_row=on_row)
+        networks.run(waiting, device=device, batch=options.batch, small=True if options.quick else None, seconds=seconds, on_row=on_row)
     except KeyboardInterrupt:
         results.header["interrupted"] = "Ctrl-C"
     results.save(path)
@@ -264,7 +264,7 @@ def _finish(results: Results, path: Path, options: argparse.Namespace, screen: S
     for name, reason in results.absent.items():
         screen.say(f"absent: {name}: {reason}")
     if results.not_run:
-        screen.say(f"{len(results.not_run)} cases were not run; to go on: the same command with --resume {path}")
+        screen.say(f"{len(results.not_run)} cases or networks were not run; to go on: the same command with --resume {path}")
     if options.plot is not None:
         _write_report(path, path.with_suffix("") if options.plot == Path() else options.plot, screen)
     screen.say(f"Results: {path}")

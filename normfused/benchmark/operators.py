@@ -60,6 +60,10 @@ class Run:
     left_out: Callable[[Provider, Case], str | None] = lambda provider, case: None
 
 
+class CannotResume(ValueError):
+    """The results to go on with are not of this machine, code and selection; the message shows both sides."""
+
+
 def run(
     cases: Sequence[Case],
     providers: Sequence[Provider],
@@ -90,7 +94,7 @@ def run(
         All results; Ctrl-C ends the run early, and ``header["interrupted"]`` says so.
 
     Raises:
-        ValueError: ``resume`` is of another machine, software, commit or selection.
+        CannotResume: ``resume`` is of another machine, software, commit or selection.
     """
     started = time.monotonic()
     options = {"providers": [p.name for p in providers], "directions": list(directions), "modes": list(modes), "rounds": rounds}
@@ -138,12 +142,12 @@ def run(
 
 
 def gone_on_with(before: Results, now: dict[str, Any]) -> Results:
-    """``before``, to be added to by the run that ``now`` is the header of; ValueError unless both are of one machine and code."""
+    """``before``, to be added to by the run that ``now`` is the header of; CannotResume unless both are of one machine and code."""
     different = headers.differences(before.header, now)
     there, here = before.header["options"], now["options"]
     different += [f"{key}: {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
     if different:
-        raise ValueError(f"resume: a run goes on only where it began and with the same options, got {'; '.join(different)}")
+        raise CannotResume(f"resume: a run goes on only where it began and with the same options, got {'; '.join(different)}")
     before.header.pop("interrupted", None)
     before.header.setdefault("resumed", []).append(now["date"])
     return before
