@@ -102,8 +102,7 @@ def stages(names: Iterable[str], folder: Path, device: str = "cuda") -> list[Sta
         return [Command(name, (*python, "normfused", "bench", *options, *common, *few), run, limit=LIMITS[name])]
 
     def bench() -> list[Command]:
-        workers = ("--compile-workers", str(min(8, os.cpu_count() or 1)))
-        what = ("--parts", "operators", *workers) if device == "cuda" else ("--op", "bn_relu", "--shape", "2x8x6x6")
+        what = ("--parts", "operators") if device == "cuda" else ("--op", "bn_relu", "--shape", "2x8x6x6")
         return benchmark("bench", *what, file="--json")
 
     def matrix() -> list[Command]:

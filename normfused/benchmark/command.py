@@ -75,7 +75,6 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="eval: forward without grad")
     how.add_argument("--rounds", type=int, default=ROUNDS, help="figures are medians over these (default: %(default)s)")
     how.add_argument("--seconds", type=float, help="no case is begun after these; the rest is left for --resume")
-    how.add_argument("--compile-workers", type=int, default=0, help="processes that compile ahead (default: none)")
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     out = parser.add_argument_group("results")
     out.add_argument("--json", type=Path, metavar="FILE", help="default: a new file in bench/results or normfused-bench")
@@ -224,7 +223,6 @@ def _bench(options: argparse.Namespace, device: str) -> int:
                 on_event=on_event,
                 path=path,
                 resume=before,
-                compile_workers=options.compile_workers,
                 left_out=_left_out(options, device),
             )
     except operators.CannotResume as error:

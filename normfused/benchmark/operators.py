@@ -6,7 +6,6 @@ is not timed at all. Results are saved after every case.
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch._functorch.config
-import torch._inductor.config
 from torch import nn
 
 from .. import selftest
@@ -76,7 +74,6 @@ def run(
     on_event: Callable[[Event], None] = lambda event: None,
     path: Path | None = None,
     resume: Results | None = None,
-    compile_workers: int = 0,
     left_out: Callable[[Provider, Case], str | None] = lambda provider, case: None,
 ) -> Results:
     """Measures ``cases`` by ``providers``, who take turns.
@@ -88,7 +85,6 @@ def run(
         path: saved there after every case.
         resume: results that are gone on with, of the same machine, software, commit and selection; cases in them are not run again.
         left_out: why a provider that could run a case is not asked to, or None.
-        compile_workers: processes that fill Inductor's cache before anything is timed, for at most a third of ``seconds``.
 
     Returns:
         All results; Ctrl-C ends the run early, and ``header["interrupted"]`` says so.
@@ -116,8 +112,6 @@ def run(
             results.header.setdefault("copy_gbps", this.copy_gbps)
             this.faulty = self_tests(present, device)
             results.header["self_test"] = {p.name: this.faulty.get(p.name, "passed") for p in present if backend_of(p) is not None}
-            if compile_workers:
-                warm_up(waiting, present, this, compile_workers, None if seconds is None else seconds / 3)
             first = time.monotonic()
             for done, case in enumerate(waiting):
                 if seconds is not None and time.monotonic() - started > seconds:
@@ -211,41 +205,6 @@ def self_tests(providers: Sequence[Provider], device: str) -> dict[str, str]:
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
-
-
-def warm_up(cases: Sequence[Case], providers: Sequence[Provider], this: Run, workers: int, seconds: float | None) -> None:
-    """Compiles headline cases in ``workers`` processes, through Inductor's cache on disk, before anything is timed."""
-    names = [p.name for p in providers if _compiles(p)]
-    jobs = [(name, case, this.device, mode) for case in cases if case.tier == "headline" for name in names for mode in this.modes]
-    ends = None if seconds is None else time.monotonic() + seconds
-    with multiprocessing.get_context("spawn").Pool(workers, _alone) as pool:
-        finished = pool.imap_unordered(compile_once, jobs)
-        for done in range(len(jobs)):
-            this.say(Event("provider", f"compiling ahead, {done} of {len(jobs)}"))
-            try:
-                finished.next(None if ends is None else max(ends - time.monotonic(), 0))
-            except multiprocessing.TimeoutError:
-                break
-
-
-def _alone() -> None:
-    """A worker is one of several already; it must not start more."""
-    torch._inductor.config.compile_threads = 1
-
-
-def compile_once(job: tuple[str, Case, str, str]) -> None:
-    """One compilation of a provider, named as it cannot be sent to another process. What fails here fails again where it is reported."""
-    from .providers import all_providers
-
-    name, case, device, mode = job
-    try:
-        with _torch_set_up(device):
-            provider = next(p for p in all_providers(device) if p.name == name)
-            module = prepare(provider, case, device, training=mode == "training")
-            data = timing.inputs(case, device, mode == "training", sets=1)
-            timing.call_of(module, data, "forward_backward" if mode == "training" else "forward")()
-    except Exception:
-        return
 
 
 # ------------------------------------------------------------------------------------------------------------------ one case

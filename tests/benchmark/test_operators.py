@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +13,9 @@ from torch import nn
 from normfused import selftest
 from normfused.benchmark import operators, timing
 from normfused.benchmark.cases import CHANNELS_LAST, Case
-from normfused.benchmark.operators import Event, Run
+from normfused.benchmark.operators import Event
 from normfused.benchmark.providers import Provider, eager, ours
-from normfused.benchmark.results import MODES, PASSES, OperatorRow, Results
+from normfused.benchmark.results import PASSES, OperatorRow, Results
 
 CASES = [
     Case("batch", (2, 4, 3, 3), act="relu", dtype=torch.float32),
@@ -194,7 +189,11 @@ def test_it_is_saved_after_every_case(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "text"),
-    [("machine", "another GPU", "machine: another GPU there"), ("commit", "0000000", "commit: 0000000 there"), ("torch", "2.0", "torch: 2.0 there")],
+    [
+        ("machine", "another GPU", "machine: another GPU there"),
+        ("commit", "0000000", "commit: 0000000 there"),
+        ("torch", "2.0", "torch: 2.0 there"),
+    ],
 )
 def test_results_of_another_machine_or_code_are_not_gone_on_with(key: str, value: str, text: str) -> None:
     before = run(CASES[:1])
@@ -222,81 +221,3 @@ def test_events_tell_how_far_it_is() -> None:
     assert (events[0].kind, events[0].total) == ("start", 3)
     assert (events[0].seconds_left or 0) > 0
     assert [(e.done, len(e.rows)) for e in events if e.kind == "done"] == [(n, 2 * ROWS_OF_A_PROVIDER) for n in (1, 2, 3)]
-
-
-# -------------------------------------------------------------------------------------------------------- compiling ahead
-class Pool:
-    """multiprocessing's, in this process; its ``late`` jobs never end."""
-
-    late: tuple[int, ...] = ()
-    jobs: list[Any]
-
-    def __init__(self, workers: int, initializer: Callable[[], None]) -> None: ...
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def imap_unordered(self, call: Callable[[Any], None], jobs: list[Any]) -> Pool:
-        Pool.jobs, self.turn = jobs, iter(range(len(jobs)))
-        return self
-
-    def next(self, timeout: float | None) -> None:
-        if next(self.turn) in self.late:
-            raise multiprocessing.TimeoutError
-
-
-@pytest.fixture
-def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Pool]]:
-    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: type("Context", (), {"Pool": Pool}))
-    yield Pool
-    Pool.late = ()
-
-
-def test_headline_cases_are_compiled_ahead_in_every_mode(pool: type[Pool]) -> None:
-    said: list[Event] = []
-    cases = [replace(CASES[0], tier="headline"), replace(CASES[1], tier="full")]
-    operators.warm_up(cases, [EAGER, Provider("compile", eager)], Run("cpu", PASSES, MODES, 2, say=said.append), 2, None)
-    assert [(name, case.name, mode) for name, case, _, mode in Pool.jobs] == [("compile", CASES[0].name, mode) for mode in MODES]
-    assert len(said) == 2
-
-
-def test_compiling_ahead_is_given_up_in_time(pool: type[Pool]) -> None:
-    said: list[Event] = []
-    Pool.late = (1,)
-    cases = [replace(c, tier="headline") for c in CASES]
-    operators.warm_up(cases, [Provider("compile", eager)], Run("cpu", PASSES, MODES, 2, say=said.append), 2, 5.0)
-    assert len(said) == 2, "not one for each of six"
-
-
-def test_what_cannot_be_compiled_ahead_is_left_to_the_run() -> None:
-    operators.compile_once(("no such provider", CASES[0], "cpu", "training"))
-
-
-@pytest.mark.slow
-def test_what_was_compiled_ahead_is_found_in_the_cache(tmp_path: Path) -> None:
-    code = """
-from dataclasses import replace
-import torch
-from torch._dynamo.utils import counters
-from normfused.benchmark import operators
-from normfused.benchmark.providers import all_providers
-from normfused.benchmark.results import PASSES
-from tests.benchmark.test_operators import CASES
-
-if __name__ == "__main__":
-    cases = [replace(CASES[0], tier="headline")]
-    results = operators.run(cases, all_providers("cpu", ["compile"]), device="cpu", rounds=1, compile_workers=1)
-    found = counters["inductor"]
-    print(found["fxgraph_cache_miss"], found["fxgraph_cache_hit"], {r.status for r in results.rows})
-"""
-    program = tmp_path / "program.py"
-    program.write_text(code)
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": root}
-    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False)
-    print(done.stdout, done.stderr)
-    misses, hits, status = done.stdout.split(maxsplit=2)
-    assert (int(misses), status.strip()) == (0, "{'ok'}")
-    assert int(hits) > 0
