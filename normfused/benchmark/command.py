@@ -164,11 +164,11 @@ def _parts(options: argparse.Namespace) -> tuple[bool, bool]:
 def _file(options: argparse.Namespace, device: str) -> Path:
     """Where results go; UserError unless a file can be written there."""
     path: Path = options.json or options.resume or _new_file(options, device)
+    if path.is_dir():
+        raise UserError(f"results cannot be written to {path}: it is a folder")
     trial = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
         trial.touch()
         trial.unlink()
     except OSError as error:

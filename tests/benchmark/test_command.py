@@ -213,6 +213,7 @@ def test_the_line_of_a_case() -> None:
 @pytest.mark.parametrize("installed", [True, False])
 def test_somebody_who_watches_needs_no_rich(installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
     if installed:
         pytest.importorskip("rich")
     else:

@@ -46,13 +46,8 @@ def smi(folder: Path, answers: dict[str, str]) -> None:
 
 def test_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    smi(
-        tmp_path,
-        {
-            "clocks.sm,clocks.mem,power.draw,temperature.gpu": "1980, 2619, 121.5, [N/A]",
-            "clocks_throttle_reasons.active": "0x0000000000000001",
-        },
-    )
+    answers = {"clocks.sm,clocks.mem,power.draw,temperature.gpu": "1980, 2619, 121.5, [N/A]"}
+    smi(tmp_path, answers | {"clocks_throttle_reasons.active": "0x0000000000000001"})
     assert header.clocks() == {
         "sm_mhz": 1980.0,
         "memory_mhz": 2619.0,

@@ -187,21 +187,14 @@ def test_it_is_saved_after_every_case(tmp_path: Path) -> None:
     assert counts == [2 * ROWS_OF_A_PROVIDER * n for n in (1, 2, 3)]
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "text"),
-    [
-        ("machine", "another GPU", "machine: another GPU there"),
-        ("commit", "0000000", "commit: 0000000 there"),
-        ("torch", "2.0", "torch: 2.0 there"),
-    ],
-)
-def test_results_of_another_machine_or_code_are_not_gone_on_with(key: str, value: str, text: str) -> None:
+@pytest.mark.parametrize(("key", "value"), [("machine", "another GPU"), ("commit", "0000000"), ("torch", "2.0")])
+def test_results_of_another_machine_or_code_are_not_gone_on_with(key: str, value: str) -> None:
     before = run(CASES[:1])
     here = before.header[key]
     before.header[key] = value
-    with pytest.raises(operators.CannotResume, match=f"{text}, {'.*' if here is None else ''}") as refused:
+    with pytest.raises(operators.CannotResume) as refused:
         run(resume=before)
-    assert f"{here} here" in str(refused.value)
+    assert f"{key}: {value} there, {here} here" in str(refused.value)
 
 
 def test_results_of_other_providers_are_not_gone_on_with() -> None:
