@@ -126,7 +126,7 @@ def frozen_statistics(chain: Any) -> None:
 
 
 FAULTS: dict[str, tuple[Provider, Case, str]] = {
-    "eps missing, batch": (changed(without_eps), BATCH, "y"),
+    "eps missing, batch": (changed(without_eps), BATCH, ""),
     "eps missing, rms": (changed(without_eps), ADD_RMS, ""),
     "eps missing, group": (changed(without_eps), CASES[3], ""),
     "eps missing, one row": (changed(without_eps), CASES[6], ""),
