@@ -207,3 +207,9 @@ def test_missing_numbers_are_infinitely_wrong() -> None:
 def test_the_single_figure_is_of_allowed() -> None:
     provider = Provider("eager", eager)
     assert error_against_float64(provider, BATCH, "cpu") == errors(provider, BATCH, "cpu").of_allowed
+
+
+def test_the_gate_has_a_gradient_that_is_more_than_rounding() -> None:
+    """Were the batch's and the samples' statistics the same, the gate's gradient would be a difference of equal numbers."""
+    wanted = Oracle(Case("batch_instance", (8, 16, 32, 32), dtype=torch.bfloat16), "cpu").wanted
+    assert wanted["gradient of parameter 2"].abs().max() > 0.1 * wanted["gradient of parameter 0"].abs().max()
