@@ -172,7 +172,7 @@ NETWORKS: dict[str, Network] = {network.name: network for network in _ALL}
 def absent(device: str) -> dict[str, str]:
     """Name -> why that network cannot be run on ``device`` (``"cuda"`` or ``"cpu"``); only those that cannot."""
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        return {name: "torch sees no GPU" for name in NETWORKS}
+        return dict.fromkeys(NETWORKS, "torch sees no GPU")
     reasons = {name: _missing(network.package) for name, network in NETWORKS.items() if network.package}
     return {name: reason for name, reason in reasons.items() if reason}
 
