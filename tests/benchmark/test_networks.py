@@ -1,4 +1,4 @@
-"""Whole networks: both kinds of norms are the same network, conversion leaves nothing behind, and no figure of a wrong or failed variant."""
+"""Whole networks: either kind of norms is the same network, conversion leaves none behind, wrong and failed variants have no figures."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ def test_layers_of_the_full_size(name: str, count: int) -> None:
         assert convert.norms_fused(NETWORKS[name].full.build(NORMFUSED)) == count
 
 
-@pytest.mark.parametrize(("name", "millions"), [("resnet50_frn", 25.6), ("nnunet", 30.8), ("cyclegan", 11.4)])
+@pytest.mark.parametrize(("name", "millions"), [("resnet50_frn", 25.6), ("nnunet", 31.2), ("cyclegan", 11.4)])
 def test_full_sizes_have_their_published_number_of_parameters(name: str, millions: float) -> None:
     with torch.device("meta"):
         model = NETWORKS[name].full.build(TORCH)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
 # -------------------------------------------------------------------------------------------- conversion without timm
@@ -280,7 +280,7 @@ def test_a_step_is_a_training_step() -> None:
     s = setting("cyclegan", torch.float32)
     variant = measure.Variant(s, s.row(TORCH, "eager"), *s.data())
     first = float(variant.step())
-    assert first == pytest.approx(float(measure.Variant(s, s.row(TORCH, "eager"), *s.data()).loss()))
+    assert first == pytest.approx(float(measure.Variant(s, s.row(TORCH, "eager"), *s.data()).loss().detach()))
     for _ in range(20):
         last = float(variant.step())
     assert last < first
@@ -388,5 +388,5 @@ def test_compiled_variants_compute_the_same() -> None:
 def test_peak_of_a_variant_does_not_depend_on_the_others() -> None:
     alone = networks.run(["cyclegan"], device="cuda", small=True, rounds=1, norms=(NORMFUSED,), executions=("eager",))[0]
     beside = networks.run(["cyclegan"], device="cuda", small=True, rounds=1, executions=("eager",))[1]
-    assert alone.peak_bytes and beside.peak_bytes == pytest.approx(alone.peak_bytes, rel=0.02)
+    assert alone.peak_bytes and beside.peak_bytes == pytest.approx(alone.peak_bytes, rel=0.01)
     assert alone.device_ms is not None
