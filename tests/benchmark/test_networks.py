@@ -388,5 +388,5 @@ def test_compiled_variants_compute_the_same() -> None:
 def test_peak_of_a_variant_does_not_depend_on_the_others() -> None:
     alone = networks.run(["cyclegan"], device="cuda", small=True, rounds=1, norms=(NORMFUSED,), executions=("eager",))[0]
     beside = networks.run(["cyclegan"], device="cuda", small=True, rounds=1, executions=("eager",))[1]
-    assert alone.peak_bytes and beside.peak_bytes == pytest.approx(alone.peak_bytes, rel=0.01)
+    assert alone.peak_bytes and beside.peak_bytes == pytest.approx(alone.peak_bytes, rel=0.02)
     assert alone.device_ms is not None
