@@ -50,9 +50,9 @@ def fuse(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: a residual block with attention, drop path or the like between norm and activation.
     """
-    stem = getattr(model, "bn1", None), getattr(model, "act1", None)
-    if type(stem[0]) is nn.BatchNorm2d and isinstance(stem[1], nn.Module):  # ResNet; EfficientNet's bn1 holds its activation
-        model.bn1, model.act1 = _batch_norm(*stem), nn.Identity()
+    norm, act = getattr(model, "bn1", None), getattr(model, "act1", None)
+    if type(norm) is nn.BatchNorm2d and isinstance(act, nn.Module):  # ResNet's stem; EfficientNet's bn1 holds its activation
+        model.bn1, model.act1 = _batch_norm(norm, act), nn.Identity()
     _replace_children(model)
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +109,7 @@ class NnUNet(nn.Module):
         inside = (1, *widths)
         self.down = nn.ModuleList(_Stage(inside[i], width, 1 if i == 0 else 2, layers) for i, width in enumerate(widths))
         self.widen, self.up = nn.ModuleList(), nn.ModuleList()
-        for above, below in reversed(list(zip(widths, widths[1:], strict=False))):
+        for above, below in reversed(list(pairwise(widths))):
             self.widen.append(nn.ConvTranspose3d(below, above, 2, 2))
             self.up.append(_Stage(2 * above, above, 1, layers))
         self.last = nn.Conv3d(widths[0], classes, 1)
