@@ -143,10 +143,10 @@ def _plain(axis: Any, subs: tuple[int, ...] | None = None) -> None:
 
 # -------------------------------------------------------------------------------------------------------------------- charts
 def _speedup(results: Results, chosen: list[Comparison], text: str) -> Figure | str:
-    chosen = [c for c in chosen if _factors(c)]
+    from matplotlib.patches import Patch
+
     if not chosen:
-        return "no case was timed by normfused and by eager or torch.compile"
-    chosen.sort(key=lambda c: c.any.family or c.any.norm)
+        return "no training step was timed by normfused and by eager or torch.compile"
     figure, axes = _figure(1, 1, height=1.6 + 0.36 * len(chosen))
     axis: Axes = axes[0][0]
     thick = 0.38
@@ -157,7 +157,7 @@ def _speedup(results: Results, chosen: list[Comparison], text: str) -> Figure | 
     for k, (name, colour) in enumerate((("eager", GREY), ("torch.compile", ORANGE))):
         places = [i + (k - 0.5) * thick for i, c in enumerate(chosen) if name in _factors(c)]
         given = [_factors(c)[name] for c in chosen if name in _factors(c)]
-        bars = axis.barh(places, [v - 1 for v in given], thick * 0.92, left=1, color=colour, label=f"over {name}")
+        bars = axis.barh(places, [v - 1 for v in given], thick * 0.92, left=1, color=colour)
         for bar, value in zip(bars, given, strict=True):
             if value < 1:
                 bar.set(hatch="////", edgecolor=VERMILLION)
@@ -179,9 +179,11 @@ def _speedup(results: Results, chosen: list[Comparison], text: str) -> Figure | 
                 families[i], (1, i - 0.45), (2, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="top", size=7
             )
     _plain(axis.xaxis)
-    axis.set_xlabel("times as fast (right of 1: normfused is faster; hatched: slower)")
+    axis.set_xlabel("times as fast (right of 1: normfused is faster)")
     figure.suptitle(_title(results, f"normfused against eager and torch.compile: {text}"))
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    shown = [Patch(color=GREY, label="over eager"), Patch(color=ORANGE, label="over torch.compile")]
+    shown += [Patch(facecolor="white", edgecolor=VERMILLION, hatch="////", label="slower")] if min(values) < 1 else []
+    figure.legend(handles=shown, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -310,6 +312,8 @@ def _error(results: Results) -> Figure | str:
             axis.scatter(shown, height, s=12, color=colour, alpha=0.65, linewidths=0)
         axis.axvline(1, color=VERMILLION, linestyle="--", linewidth=1.2, label="allowed")
         axis.set(xscale="log", title=dtype)
+        axis.set_xlim(left=min(1e-3, axis.get_xlim()[0]))
+        _plain(axis.xaxis)
         axis.set_yticks(range(len(providers)), providers)
         axis.set_ylim(len(providers) - 0.4, -0.6)
         axis.grid(axis="x", alpha=0.3, linewidth=0.5)

@@ -441,7 +441,10 @@ def _bytes(on_gpu: Sequence[_Section]) -> Iterator[str]:
             cells += [_number(entry[key], digits=4) if entry else "–" for key in ("asked", "sectors")]
             for _, found in measured:
                 ours = getattr(found.get((case.name, direction)), "ours", None)
-                cells.append(_number(ours.gbps) if ours is not None and ours.gbps else "not measured")
+                if ours is None or not ours.gbps:
+                    cells.append("not measured")
+                else:  # another device may take another route
+                    cells.append(_number(ours.gbps) + ("" if ours.route in (None, route) else f" ({ours.route})"))
             rows.append(cells if measured else [*cells, "not measured"])
     head = ("case", "pass", "must move", "eager", "route", "asked for", "counted", "in sectors")
     yield from _table((*head, *(f"GB/s, {s.name}" for s in on_gpu)) if on_gpu else (*head, "GB/s, GPU"), rows)
