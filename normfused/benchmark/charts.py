@@ -61,7 +61,7 @@ def drawn(results: Results, folder: Path, prefix: str = "") -> tuple[list[Path],
 def _charts(results: Results) -> Iterator[tuple[str, Callable[[], Figure | str]]]:
     found = comparisons(results)
     most = headline(found)
-    yield from _speedups(results, "speedup", "largest of each kind", most)
+    yield from _speedups(results, "speedup", "headline cases", most)
     yield "bandwidth", lambda: _bandwidth(results, found)
     yield "memory", lambda: _memory(results, most)
     yield "networks", lambda: _networks(results)
@@ -94,7 +94,7 @@ def label_of(case: Case) -> str:
 
 
 def _words(norm: str, act: str, residual: str | None, shape: tuple[int, ...], layout: str, dtype: str) -> str:
-    words = {"batch": "BN", "group": "GN", "instance": "IN", "layer": "LN", "rms": "RMS", "frn": "FRN"}
+    words = {"batch": "BN", "group": "GN", "instance": "IN", "layer": "LN", "rms": "RMS", "frn": "FRN", "batch_instance": "BIN"}
     acts = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "leaky_relu": "LeakyReLU", "tlu": "TLU"}
     parts = [words.get(norm, norm)]
     if residual == "pre_norm":

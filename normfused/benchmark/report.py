@@ -17,8 +17,8 @@ from typing import Any
 
 from .. import _build
 from . import charts, traffic
-from .cases import MATRIX, Case
-from .comparison import Comparison, comparisons, faster, headline, is_ours, network_comparisons
+from .cases import HEADLINE, MATRIX
+from .comparison import COMPILE, EAGER, Comparison, comparisons, faster, headline, is_ours, network_comparisons
 from .results import OperatorRow, Results, folder_name
 from .targets import TARGETS, judge
 
@@ -113,7 +113,7 @@ def _section(section: _Section, docs: Path) -> Iterator[str]:
     yield from (f"## {section.name}", "")
     yield from _table(("", ""), _facts(results.header))
     yield from _method(section)
-    yield from ("### Largest of each kind", "")
+    yield from ("### Headline", "")
     most = headline(found)
     if most:
         yield "Training step of one operation, forward and backward. Over: how many times as fast normfused is, below 1 it is slower."
@@ -195,7 +195,7 @@ def _of_x(row: OperatorRow | None, field: str) -> str:
 
 
 def _fastest_peer(c: Comparison) -> OperatorRow | None:
-    peers = [r for name, r in c.rows.items() if r is not c.eager and not name.startswith("compile") and not is_ours(name) and c.time_us(r)]
+    peers = [r for name, r in c.rows.items() if not name.startswith((EAGER, COMPILE)) and not is_ours(name) and c.time_us(r)]
     return min(peers, key=lambda r: c.time_us(r) or 0.0, default=None)
 
 
@@ -421,14 +421,14 @@ def _not_here(section: _Section) -> Iterator[str]:
 
 def _bytes(on_gpu: Sequence[_Section]) -> Iterator[str]:
     yield from ("## Bytes", "")
-    yield "In units of T, the bytes of x, bfloat16 in training, the largest case of each kind. *must move*: every input once, every output"
+    yield "In units of T, the bytes of x, bfloat16 in training, the headline cases. *must move*: every input once, every output"
     yield "once; *eager*: the passes of torch.nn's chain, modelled; *asked for*: by the route that the CUDA backend plans for an H200;"
     yield "*counted*: what the same kernels, emulated on the case scaled down, did ask for; *in sectors*: of 32 bytes. A dash: unknown."
     yield ""
     counted = traffic.table()["cases"]
     measured = [(s.name, {(c.case, c.direction): c for c in comparisons(s.results) if c.mode == "training"}) for s in on_gpu]
     rows = []
-    for case in _largest_of_each_kind():
+    for case in (case for case in MATRIX if case.tier == HEADLINE):
         for direction in ("forward", "backward"):
             entry = counted.get(case.name, {}).get(f"training {direction}")
             eager = traffic.eager_bytes(case, direction)
@@ -448,15 +448,6 @@ def _bytes(on_gpu: Sequence[_Section]) -> Iterator[str]:
             rows.append(cells if measured else [*cells, "not measured"])
     head = ("case", "pass", "must move", "eager", "route", "asked for", "counted", "in sectors")
     yield from _table((*head, *(f"GB/s, {s.name}" for s in on_gpu)) if on_gpu else (*head, "GB/s, GPU"), rows)
-
-
-def _largest_of_each_kind() -> list[Case]:
-    largest: dict[tuple[Any, ...], Case] = {}
-    for case in MATRIX:
-        key = (case.family, case.norm, case.act, case.residual, case.layout, case.dim, case.dtype)
-        if key not in largest or case.numel > largest[key].numel:
-            largest[key] = case
-    return list(largest.values())
 
 
 # ------------------------------------------------------------------------------------------------------------------- command

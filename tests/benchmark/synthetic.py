@@ -73,7 +73,7 @@ def row(
 def networks(factor: float = 1.3) -> list[NetworkRow]:
     """With torch.nn's norms a step of 100 ms, with normfused's ``factor`` times as fast."""
     found = []
-    for name, batch in (("resnet50", 256), ("nnunet", 2), ("gn_unet", 1), ("efficientnet_b0", 128)):
+    for name, batch in (("resnet50", 256), ("nnunet", 2), ("diffusion_unet", 1), ("efficientnet_b0", 128)):
         for execution, base in (("eager", 100.0), ("compile", 80.0)):
             for norms, ms in (("torch.nn", base), ("normfused", base / factor)):
                 shape = (batch, 3, 224, 224)
