@@ -175,7 +175,12 @@ def _number(value: float | None, unit: str = "", digits: int = 3) -> str:
 
 
 def _factor(value: float | None) -> str:
-    return "–" if value is None else f"**{value:.2f}**" if value < 1 else f"{value:.2f}"
+    """Two decimals; below 1, where normfused is slower, bold, and never rounded to 1 or 0."""
+    if value is None:
+        return "–"
+    if value >= 1:
+        return f"{value:.2f}"
+    return f"**{value:.2f}**" if 0.1 <= value < 0.995 else f"**{value:.2g}**" if value < 0.1 else f"**{value:.4f}**"
 
 
 def _us(c: Comparison, row: OperatorRow | None) -> str:

@@ -187,7 +187,7 @@ def _shape(*shape: int) -> Select:
 
 
 def _bn_add_relu(c: Case) -> bool:
-    return c.norm == "batch" and c.residual == "pre_act" and c.act == "relu"
+    return c.family == "ResNet-50" and c.norm == "batch" and c.residual == "pre_act" and c.act == "relu"
 
 
 # ------------------------------------------------------------------------------------------------------------ parts of networks

@@ -11,7 +11,7 @@ import pytest
 from normfused.benchmark import charts, report
 from normfused.benchmark.cases import MATRIX, QUICK, Case
 from normfused.benchmark.comparison import comparisons, headline, network_comparisons
-from normfused.benchmark.results import PASSES, NetworkRow, Results
+from normfused.benchmark.results import PASSES, NetworkRow, OperatorRow, Results
 from normfused.benchmark.targets import NOT_MEASURED, TARGETS, Verdict, judge
 
 from . import synthetic
@@ -60,17 +60,22 @@ def test_only_a_gpu_answers(target) -> None:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("name", ["P1", "P2", "P5", "P7", "P9", "P10", "P11", "P14"])
 def test_met(name: str, fast: Results) -> None:
     found = verdict(name, fast)
-    assert found.verdict == "met" if name != "P7" else found.verdict == "missed", found
+    assert found.verdict == "met", found
 
 
 def test_met_with_numbers(fast: Results) -> None:
     rows = [c for c in MATRIX if c.norm in ("layer", "rms") and c.dim == -1 and c.tensor_bytes >= 64e6 and "bfloat16" in c.name]
     assert f"{len(rows)} of {len(rows)} cases, worst 96 %" in verdict("P1", fast).measured
-    # 0.96 / 0.5 of the faster mode of torch.compile
-    assert "worst 1.92x" in verdict("P7", synthetic.gpu(normfused_cuda=0.96, eager=0.3)).measured
+    # 0.96 over 0.5 of the faster mode of torch.compile; 9 maps of ResNet-50 in two formats and two batches
+    assert "over compile: 36 of 36 cases, worst 1.92x" in verdict("P7", fast).measured
 
 
-def test_missed_by_one_case_names_it(fast: Results) -> None:
+def rms_forward(results: Results) -> OperatorRow:
+    rows = [r for r in results.rows if r.case.startswith("rms-16384x4096-bf") and r.provider == "normfused-cuda"]
+    return next(r for r in rows if r.direction == "forward")
+
+
+def test_missed_by_one_case_names_it() -> None:
     results = synthetic.gpu()
     slow = next(
         r for r in results.rows if r.case.startswith("rms-16384x4096-bf") and r.direction == "forward" and r.provider == "normfused-cuda"
@@ -156,9 +161,13 @@ def test_a_failure_is_not_hidden_by_another_backend() -> None:
 
 
 def test_headline_of_other_cases_is_the_largest_of_each_kind() -> None:
-    found = [c.case for c in headline(comparisons(synthetic.cpu()))]
-    assert "batch+relu-16x64x56x56-float32-contiguous" in found
-    assert "batch+relu-2x64x8x8-float32-contiguous" not in found
+    small, large, other = Case("batch", (1, 2, 3, 4)), Case("batch", (1, 2, 3, 5)), Case("batch", (1, 2, 3, 3), "relu")
+    assert [c.case for c in headline(comparisons(synthetic.gpu([small, large, other])))] == [large.name, other.name]
+
+
+def test_headline_of_the_matrix_is_its_headline_cases() -> None:
+    found = [c.case for c in headline(comparisons(synthetic.gpu(MATRIX[-5:] + MATRIX[:2])))]
+    assert found == [MATRIX[0].name, MATRIX[1].name]
 
 
 # --------------------------------------------------------------------------------------------------------------------- pages
@@ -230,7 +239,7 @@ def test_what_is_slower_or_wrong_is_listed(tmp_path: Path) -> None:
     text = section(page, "Where normfused is slower, larger or wrong")
     name = charts.label_of(case)
     assert f"| {name} | training | bwd | normfused-cuda | wrong | dx: 7 times what is allowed |" in text
-    assert re.search(rf"\| {name} \| training \| fwd \| normfused-cuda \| \*\*0\.\d+\*\* \|", text)
+    assert re.search(rf"\| {re.escape(name)} \| training \| fwd \| normfused-cuda \| \*\*0\.\d+\*\* \|", text)
     assert f"| {name} | training | fwd + bwd | normfused-cuda | saved | 2.50x |" in text
     for other in SOME:
         for direction in ("fwd", "bwd", "fwd + bwd"):
@@ -238,9 +247,6 @@ def test_what_is_slower_or_wrong_is_listed(tmp_path: Path) -> None:
     assert "| resnet50, batch 256, channels_last, bfloat16, training | eager | step | 100 ms | 150 ms |" in text
     assert "| resnet50, batch 256 | training | compile | normfused | failed | out of memory |" in text
     assert "| 1 cases | time did not suffice: some-case |" in page
-    # nothing is said to be faster by a row that has no time
-    table = section(page, "Headline")
-    assert f"| {name} |" in table
 
 
 def test_nothing_negative_is_said_so(tmp_path: Path) -> None:
