@@ -22,9 +22,8 @@ from torch import nn
 
 from .. import selftest
 from ..explain import explain
-from . import accuracy
+from . import accuracy, timing, traffic
 from . import header as headers
-from . import, timing, traffic
 from .cases import Case
 from .providers import Provider, prepare, saved_bytes
 from .results import MODES, PASSES, OperatorRow, Results
@@ -59,14 +58,6 @@ class Run:
     faulty: dict[str, str] = field(default_factory=dict)  # provider -> what its self-test found
     say: Callable[[Event], None] = lambda event: None
     left_out: Callable[[Provider, Case], str | None] = lambda provider, case: None
-
-
-class DeviceLost(RuntimeError):
-    """The device answers nothing more in this process; ``rows`` are those of the case in which that happened."""
-
-    def __init__(self, rows: list[OperatorRow]) -> None:
-        super().__init__("the device answers no more; go on in a new process with --resume")
-        self.rows = rows
 
 
 def run(
@@ -129,18 +120,14 @@ def run(
                     break
                 begun = time.monotonic()
                 on_event(Event("case", case.name, done, len(waiting), seconds_left(guesses, done, begun - first)))
-                lost = None
-                try:
-                    rows = measure_case(case, present, this)
-                except DeviceLost as error:
-                    lost, rows = error, error.rows
+                rows = measure_case(case, present, this)
                 results.rows += rows
                 results.not_run.remove(case.name)
                 _save(results, path)
                 left = seconds_left(guesses, done + 1, time.monotonic() - first)
                 on_event(Event("done", f"{case.name}: {time.monotonic() - begun:.1f} s", done + 1, len(waiting), left, rows))
-                if lost is not None:
-                    results.header["interrupted"] = str(lost)
+                if not _device_answers(device):
+                    results.header["interrupted"] = "the device answers no more; a new process can go on with --resume"
                     break
     except KeyboardInterrupt:
         results.header["interrupted"] = "Ctrl-C"
@@ -264,8 +251,14 @@ def measure_case(case: Case, providers: Sequence[Provider], this: Run) -> list[O
     for mode in this.modes:
         # in eval nothing is kept for a backward: that is what it is timed for
         directions = [d for d in this.directions if mode == "training" or d == "forward"]
-        if directions:
-            rows += _measure_mode(case, mode, directions, providers, this)
+        try:
+            rows += _measure_mode(case, mode, directions, providers, this) if directions else []
+        except Exception as error:  # such as no memory for the oracle or for the inputs
+            rows += [_failed(case, mode, d, p.name, first_line(error)) for d in directions for p in providers]
+        if not _device_answers(this.device):
+            break
+        torch.compiler.reset()  # else it would keep what it compiled
+        timing.free()
     return rows
 
 
@@ -288,12 +281,6 @@ def _measure_mode(case: Case, mode: str, directions: list[str], providers: Seque
             elif got is not None:
                 row.status, row.reason = "failed", first_line(got)
             rows.append(row)
-        if any(isinstance(got, Exception) for got in found.values()) and not _device_answers(this.device):
-            rows += [_failed(case, mode, d, p.name) for d in directions[directions.index(direction) + 1 :] for p in providers]
-            raise DeviceLost(rows)
-    del modules, data
-    torch.compiler.reset()  # else it would keep what it compiled
-    timing.free()
     return rows
 
 
@@ -344,9 +331,9 @@ def _row(case: Case, mode: str, direction: str, provider: str) -> OperatorRow:
     )
 
 
-def _failed(case: Case, mode: str, direction: str, provider: str) -> OperatorRow:
+def _failed(case: Case, mode: str, direction: str, provider: str, reason: str) -> OperatorRow:
     row = _row(case, mode, direction, provider)
-    row.status, row.reason = "failed", "the device was lost before"
+    row.status, row.reason = "failed", reason
     return row
 
 
