@@ -152,7 +152,7 @@ def _speedup(results: Results, chosen: list[Comparison], text: str) -> Figure | 
     thick = 0.38
     values = [v for c in chosen for v in _factors(c).values()]
     axis.set_xscale("log", base=2)
-    low, high = min(0.5, *values) / 1.15, max(2.0, *values) * 1.25
+    low, high = min(0.5, *values) / 1.25, max(2.0, *values) * 1.25
     axis.set_xlim(low, high)
     for k, (name, colour) in enumerate((("eager", GREY), ("torch.compile", ORANGE))):
         places = [i + (k - 0.5) * thick for i, c in enumerate(chosen) if name in _factors(c)]
@@ -277,8 +277,10 @@ def _networks(results: Results) -> Figure | str:
                 if row is not None and row.images_per_s:
                     bars = axis.bar(i + (k - 0.5) * 0.38, row.images_per_s, 0.36, color=colour, label=name)
                     axis.bar_label(bars, [f"{row.images_per_s:.4g}"], size=7, padding=1)
+                elif row is not None:
+                    axis.annotate(row.status, (i + (k - 0.5) * 0.38, 0), (0, 3), textcoords="offset points", ha="center", size=7)
         network, batch, layout, dtype, mode = key
-        memory = {"channels_last": "NHWC", "contiguous": "NCHW"}.get(layout, layout)
+        memory = {"channels_last": "NHWC", "channels_last_3d": "NDHWC", "contiguous": "contiguous"}.get(layout, layout)
         axis.set_title(f"{network}, batch {batch}\n{memory}, {dtype}, {mode}", fontsize=8.5)
         axis.set_xticks(range(len(members)), [c.key[5] for c in members])
         axis.set_xlim(-0.6, len(members) - 0.4)

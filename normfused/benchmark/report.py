@@ -19,7 +19,7 @@ from .. import _build
 from . import charts, traffic
 from .cases import HEADLINE, MATRIX
 from .comparison import COMPILE, EAGER, Comparison, comparisons, faster, headline, is_ours, network_comparisons
-from .results import OperatorRow, Results, folder_name
+from .results import OperatorRow, Results, by, folder_name
 from .targets import TARGETS, judge
 
 __all__ = ["COMMAND", "default_files", "main", "write"]
@@ -294,7 +294,8 @@ def _facts(header: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if header.get(key):
             yield key.replace("_", " "), ", ".join(f"{name} {value}" for name, value in header[key].items())
     if header.get("options"):
-        yield "options", ", ".join(f"{name} {value}" for name, value in header["options"].items())
+        listed = {name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in header["options"].items()}
+        yield "options", "; ".join(f"{name}: {value}" for name, value in listed.items())
 
 
 def _method(section: _Section) -> Iterator[str]:
@@ -415,6 +416,9 @@ def _worse(results: Results) -> Iterator[list[str]]:
 def _not_here(section: _Section) -> Iterator[str]:
     results = section.results
     rows = [(name, reason) for name, reason in sorted(results.absent.items())]
+    others = [row for row in results.rows if not is_ours(row.provider) and row.status in ("wrong", "failed", "refused")]
+    for (provider, status, reason), group in by(others, "provider", "status", "reason").items():
+        rows.append((f"{provider}: {status} in {len({row.case for row in group})} cases", reason))
     rows += [(f"chart: {name}", reason) for name, reason in section.no_pictures.items()]
     if results.not_run:
         rows.append((f"{len(results.not_run)} cases", "time did not suffice: " + ", ".join(results.not_run)))

@@ -194,14 +194,17 @@ def _bn_add_relu(c: Case) -> bool:
 def network(
     what: str, name: str | None, bound: float, execution: str = "eager", layout: str | None = None, batch: int | None = None
 ) -> Part:
-    """A training step of the network (None: of every one) is ``bound`` times as fast as with torch.nn's norms."""
+    """A training step of the network (None: of every one) is ``bound`` times as fast as with torch.nn's norms.
+
+    ``layout`` channels_last is also channels_last_3d.
+    """
 
     def part(results: Results) -> Finding:
         def chosen() -> Iterator[tuple[str, float]]:
             for c in network_comparisons(results.networks):
                 network, size, memory, _, mode, run = c.key
                 right = name in (None, network) and mode == "training" and run == execution
-                if right and layout in (None, memory) and batch in (None, size) and c.speedup is not None:
+                if right and memory.startswith(layout or "") and batch in (None, size) and c.speedup is not None:
                     yield f"{network}, batch {size}", c.speedup
 
         values = dict(chosen())

@@ -235,6 +235,8 @@ def test_what_is_slower_or_wrong_is_listed(tmp_path: Path) -> None:
     failed = results.networks[3]
     failed.status, failed.reason, failed.step_ms = "failed", "out of memory", None
     results.not_run = ["some-case"]
+    peer = next(r for r in results.rows if r.provider == "liger")
+    peer.status, peer.reason = "wrong", "y: 9 times what is allowed"
     page, _ = written(tmp_path, results)
     text = section(page, "Where normfused is slower, larger or wrong")
     name = charts.label_of(case)
@@ -246,6 +248,7 @@ def test_what_is_slower_or_wrong_is_listed(tmp_path: Path) -> None:
             assert f"| {charts.label_of(other)} | training | {direction} | normfused-triton | 1.50 | **0.90** |" in text
     assert "| resnet50, batch 256, channels_last, bfloat16, training | eager | step | 100 ms | 150 ms |" in text
     assert "| resnet50, batch 256 | training | compile | normfused | failed | out of memory |" in text
+    assert "| liger: wrong in 1 cases | y: 9 times what is allowed |" in page
     assert "| 1 cases | time did not suffice: some-case |" in page
 
 
