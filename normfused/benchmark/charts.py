@@ -61,7 +61,7 @@ def drawn(results: Results, folder: Path, prefix: str = "") -> tuple[list[Path],
 def _charts(results: Results) -> Iterator[tuple[str, Callable[[], Figure | str]]]:
     found = comparisons(results)
     most = headline(found)
-    yield from _speedups(results, "speedup", "largest of each kind", most)
+    yield from _speedups(results, "speedup", "headline cases", most)
     yield "bandwidth", lambda: _bandwidth(results, found)
     yield "memory", lambda: _memory(results, most)
     yield "networks", lambda: _networks(results)
@@ -94,7 +94,7 @@ def label_of(case: Case) -> str:
 
 
 def _words(norm: str, act: str, residual: str | None, shape: tuple[int, ...], layout: str, dtype: str) -> str:
-    words = {"batch": "BN", "group": "GN", "instance": "IN", "layer": "LN", "rms": "RMS", "frn": "FRN"}
+    words = {"batch": "BN", "group": "GN", "instance": "IN", "layer": "LN", "rms": "RMS", "frn": "FRN", "batch_instance": "BIN"}
     acts = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "leaky_relu": "LeakyReLU", "tlu": "TLU"}
     parts = [words.get(norm, norm)]
     if residual == "pre_norm":
@@ -143,21 +143,21 @@ def _plain(axis: Any, subs: tuple[int, ...] | None = None) -> None:
 
 # -------------------------------------------------------------------------------------------------------------------- charts
 def _speedup(results: Results, chosen: list[Comparison], text: str) -> Figure | str:
-    chosen = [c for c in chosen if _factors(c)]
+    from matplotlib.patches import Patch
+
     if not chosen:
-        return "no case was timed by normfused and by eager or torch.compile"
-    chosen.sort(key=lambda c: c.any.family or c.any.norm)
+        return "no training step was timed by normfused and by eager or torch.compile"
     figure, axes = _figure(1, 1, height=1.6 + 0.36 * len(chosen))
     axis: Axes = axes[0][0]
     thick = 0.38
     values = [v for c in chosen for v in _factors(c).values()]
     axis.set_xscale("log", base=2)
-    low, high = min(0.5, *values) / 1.15, max(2.0, *values) * 1.25
+    low, high = min(0.5, *values) / 1.25, max(2.0, *values) * 1.25
     axis.set_xlim(low, high)
     for k, (name, colour) in enumerate((("eager", GREY), ("torch.compile", ORANGE))):
         places = [i + (k - 0.5) * thick for i, c in enumerate(chosen) if name in _factors(c)]
         given = [_factors(c)[name] for c in chosen if name in _factors(c)]
-        bars = axis.barh(places, [v - 1 for v in given], thick * 0.92, left=1, color=colour, label=f"over {name}")
+        bars = axis.barh(places, [v - 1 for v in given], thick * 0.92, left=1, color=colour)
         for bar, value in zip(bars, given, strict=True):
             if value < 1:
                 bar.set(hatch="////", edgecolor=VERMILLION)
@@ -179,9 +179,11 @@ def _speedup(results: Results, chosen: list[Comparison], text: str) -> Figure | 
                 families[i], (1, i - 0.45), (2, 0), xycoords=("axes fraction", "data"), textcoords="offset points", va="top", size=7
             )
     _plain(axis.xaxis)
-    axis.set_xlabel("times as fast (right of 1: normfused is faster; hatched: slower)")
+    axis.set_xlabel("times as fast (right of 1: normfused is faster)")
     figure.suptitle(_title(results, f"normfused against eager and torch.compile: {text}"))
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    shown = [Patch(color=GREY, label="over eager"), Patch(color=ORANGE, label="over torch.compile")]
+    shown += [Patch(facecolor="white", edgecolor=VERMILLION, hatch="////", label="slower")] if min(values) < 1 else []
+    figure.legend(handles=shown, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -275,8 +277,10 @@ def _networks(results: Results) -> Figure | str:
                 if row is not None and row.images_per_s:
                     bars = axis.bar(i + (k - 0.5) * 0.38, row.images_per_s, 0.36, color=colour, label=name)
                     axis.bar_label(bars, [f"{row.images_per_s:.4g}"], size=7, padding=1)
+                elif row is not None:
+                    axis.annotate(row.status, (i + (k - 0.5) * 0.38, 0), (0, 3), textcoords="offset points", ha="center", size=7)
         network, batch, layout, dtype, mode = key
-        memory = {"channels_last": "NHWC", "contiguous": "NCHW"}.get(layout, layout)
+        memory = {"channels_last": "NHWC", "channels_last_3d": "NDHWC", "contiguous": "contiguous"}.get(layout, layout)
         axis.set_title(f"{network}, batch {batch}\n{memory}, {dtype}, {mode}", fontsize=8.5)
         axis.set_xticks(range(len(members)), [c.key[5] for c in members])
         axis.set_xlim(-0.6, len(members) - 0.4)
@@ -310,6 +314,8 @@ def _error(results: Results) -> Figure | str:
             axis.scatter(shown, height, s=12, color=colour, alpha=0.65, linewidths=0)
         axis.axvline(1, color=VERMILLION, linestyle="--", linewidth=1.2, label="allowed")
         axis.set(xscale="log", title=dtype)
+        axis.set_xlim(left=min(1e-3, axis.get_xlim()[0]))
+        _plain(axis.xaxis)
         axis.set_yticks(range(len(providers)), providers)
         axis.set_ylim(len(providers) - 0.4, -0.6)
         axis.grid(axis="x", alpha=0.3, linewidth=0.5)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from .cases import HEADLINE, MATRIX
 from .results import NetworkRow, OperatorRow, Results, by
 
 OURS = ("normfused-cuda", "normfused-triton", "normfused-torch")  # as the dispatcher takes them
@@ -77,12 +78,14 @@ def comparisons(results: Results) -> list[Comparison]:
 
 
 def headline(found: list[Comparison]) -> list[Comparison]:
-    """The largest training step, forward and backward, of every family, norm, activation, residual, layout and type."""
+    """Training steps, forward and backward: the headline cases of the matrix; where there are none, the largest of every kind."""
+    steps = [c for c in found if c.mode == "training" and c.direction == "forward_backward"]
+    telling = {case.name for case in MATRIX if case.tier == HEADLINE}
+    if any(c.case in telling for c in steps):
+        return [c for c in steps if c.case in telling]
     largest: dict[tuple[object, ...], Comparison] = {}
-    for c in found:
+    for c in steps:
         row = c.any
-        if c.mode != "training" or c.direction != "forward_backward":
-            continue
         key = (row.family or row.norm, row.norm, row.act, row.residual, row.layout, row.dtype, "dim1" in c.case)
         if key not in largest or prod(row.shape) > prod(largest[key].any.shape):
             largest[key] = c

@@ -17,9 +17,9 @@ from typing import Any
 
 from .. import _build
 from . import charts, traffic
-from .cases import MATRIX, Case
-from .comparison import Comparison, comparisons, faster, headline, is_ours, network_comparisons
-from .results import OperatorRow, Results, folder_name
+from .cases import HEADLINE, MATRIX
+from .comparison import COMPILE, EAGER, Comparison, comparisons, faster, headline, is_ours, network_comparisons
+from .results import OperatorRow, Results, by, folder_name
 from .targets import TARGETS, judge
 
 __all__ = ["COMMAND", "default_files", "main", "write"]
@@ -113,7 +113,7 @@ def _section(section: _Section, docs: Path) -> Iterator[str]:
     yield from (f"## {section.name}", "")
     yield from _table(("", ""), _facts(results.header))
     yield from _method(section)
-    yield from ("### Largest of each kind", "")
+    yield from ("### Headline", "")
     most = headline(found)
     if most:
         yield "Training step of one operation, forward and backward. Over: how many times as fast normfused is, below 1 it is slower."
@@ -175,7 +175,12 @@ def _number(value: float | None, unit: str = "", digits: int = 3) -> str:
 
 
 def _factor(value: float | None) -> str:
-    return "–" if value is None else f"**{value:.2f}**" if value < 1 else f"{value:.2f}"
+    """Two decimals; below 1, where normfused is slower, bold, and never rounded to 1 or 0."""
+    if value is None:
+        return "–"
+    if value >= 1:
+        return f"{value:.2f}"
+    return f"**{value:.2f}**" if 0.1 <= value < 0.995 else f"**{value:.2g}**" if value < 0.1 else f"**{value:.4f}**"
 
 
 def _us(c: Comparison, row: OperatorRow | None) -> str:
@@ -195,7 +200,7 @@ def _of_x(row: OperatorRow | None, field: str) -> str:
 
 
 def _fastest_peer(c: Comparison) -> OperatorRow | None:
-    peers = [r for name, r in c.rows.items() if r is not c.eager and not name.startswith("compile") and not is_ours(name) and c.time_us(r)]
+    peers = [r for name, r in c.rows.items() if not name.startswith((EAGER, COMPILE)) and not is_ours(name) and c.time_us(r)]
     return min(peers, key=lambda r: c.time_us(r) or 0.0, default=None)
 
 
@@ -289,7 +294,8 @@ def _facts(header: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if header.get(key):
             yield key.replace("_", " "), ", ".join(f"{name} {value}" for name, value in header[key].items())
     if header.get("options"):
-        yield "options", ", ".join(f"{name} {value}" for name, value in header["options"].items())
+        listed = {name: " ".join(map(str, v)) if isinstance(v, list) else v for name, v in header["options"].items()}
+        yield "options", "; ".join(f"{name}: {value}" for name, value in listed.items())
 
 
 def _method(section: _Section) -> Iterator[str]:
@@ -410,6 +416,9 @@ def _worse(results: Results) -> Iterator[list[str]]:
 def _not_here(section: _Section) -> Iterator[str]:
     results = section.results
     rows = [(name, reason) for name, reason in sorted(results.absent.items())]
+    others = [row for row in results.rows if not is_ours(row.provider) and row.status in ("wrong", "failed", "refused")]
+    for (provider, status, reason), group in by(others, "provider", "status", "reason").items():
+        rows.append((f"{provider}: {status} in {len({row.case for row in group})} cases", reason))
     rows += [(f"chart: {name}", reason) for name, reason in section.no_pictures.items()]
     if results.not_run:
         rows.append((f"{len(results.not_run)} cases", "time did not suffice: " + ", ".join(results.not_run)))
@@ -421,14 +430,14 @@ def _not_here(section: _Section) -> Iterator[str]:
 
 def _bytes(on_gpu: Sequence[_Section]) -> Iterator[str]:
     yield from ("## Bytes", "")
-    yield "In units of T, the bytes of x, bfloat16 in training, the largest case of each kind. *must move*: every input once, every output"
+    yield "In units of T, the bytes of x, bfloat16 in training, the headline cases. *must move*: every input once, every output"
     yield "once; *eager*: the passes of torch.nn's chain, modelled; *asked for*: by the route that the CUDA backend plans for an H200;"
     yield "*counted*: what the same kernels, emulated on the case scaled down, did ask for; *in sectors*: of 32 bytes. A dash: unknown."
     yield ""
     counted = traffic.table()["cases"]
     measured = [(s.name, {(c.case, c.direction): c for c in comparisons(s.results) if c.mode == "training"}) for s in on_gpu]
     rows = []
-    for case in _largest_of_each_kind():
+    for case in (case for case in MATRIX if case.tier == HEADLINE):
         for direction in ("forward", "backward"):
             entry = counted.get(case.name, {}).get(f"training {direction}")
             eager = traffic.eager_bytes(case, direction)
@@ -441,19 +450,13 @@ def _bytes(on_gpu: Sequence[_Section]) -> Iterator[str]:
             cells += [_number(entry[key], digits=4) if entry else "–" for key in ("asked", "sectors")]
             for _, found in measured:
                 ours = getattr(found.get((case.name, direction)), "ours", None)
-                cells.append(_number(ours.gbps) if ours is not None and ours.gbps else "not measured")
+                if ours is None or not ours.gbps:
+                    cells.append("not measured")
+                else:  # another device may take another route
+                    cells.append(_number(ours.gbps) + ("" if ours.route in (None, route) else f" ({ours.route})"))
             rows.append(cells if measured else [*cells, "not measured"])
     head = ("case", "pass", "must move", "eager", "route", "asked for", "counted", "in sectors")
     yield from _table((*head, *(f"GB/s, {s.name}" for s in on_gpu)) if on_gpu else (*head, "GB/s, GPU"), rows)
-
-
-def _largest_of_each_kind() -> list[Case]:
-    largest: dict[tuple[Any, ...], Case] = {}
-    for case in MATRIX:
-        key = (case.family, case.norm, case.act, case.residual, case.layout, case.dim, case.dtype)
-        if key not in largest or case.numel > largest[key].numel:
-            largest[key] = case
-    return list(largest.values())
 
 
 # ------------------------------------------------------------------------------------------------------------------- command

@@ -69,14 +69,14 @@ def route_bytes(case: Case, direction: str, mode: str, route: str, reads: float 
     """Bytes that a route asks for.
 
     Args:
-        route: ``single_pass``, ``two_pass``, ``slices`` or ``apply``; of ``forward_backward`` also two of them, ``single_pass/two_pass``.
+        route: ``single_pass``, ``two_pass``, ``slices`` or ``apply``; of ``forward_backward`` also two of them, ``single_pass, two_pass``.
         reads: how often x is asked for, where the plan knows better than the route's name (`Planned.reads`).
 
     Raises:
         ValueError: a route or direction that does not exist.
     """
     if direction == "forward_backward":
-        forward, _, backward = route.partition("/")
+        forward, _, backward = route.partition(", ")
         return route_bytes(case, "forward", mode, forward, reads) + route_bytes(case, "backward", mode, backward or forward, reads)
     if route not in _READS or direction not in ("forward", "backward"):
         raise ValueError(f"route_bytes: route must be one of {', '.join(_READS)} and direction a pass, got {route}, {direction}")
@@ -284,7 +284,7 @@ def count(case: Case, mode: str = "training", planned: dict[str, Planned] | None
     planned = planned or routes(case, mode)
     assert planned is not None
     small = scaled(case)
-    module = providers.ours("cuda")(small).train(mode == "training")
+    module = providers.prepare(providers.Provider("cuda", providers.ours("cuda")), small, "cpu", mode == "training")
     x, residual, dy = providers.tensors(small, "cpu")
     leaves = [t.requires_grad_() for t in (x, residual) if t is not None]
     found = {}
@@ -329,7 +329,7 @@ def main() -> int:
         for mode in modes_of(case):
             planned = routes(case, mode)
             assert planned is not None
-            key = (scaled(case), mode, planned["forward"], planned["backward"])
+            key = (scaled(case).name, mode, planned["forward"], planned["backward"])
             if key not in known:
                 known[key] = count(case, mode, planned)
             entries |= {f"{mode} {direction}": entry for direction, entry in known[key].items()}

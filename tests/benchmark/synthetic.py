@@ -73,15 +73,13 @@ def row(
 def networks(factor: float = 1.3) -> list[NetworkRow]:
     """With torch.nn's norms a step of 100 ms, with normfused's ``factor`` times as fast."""
     found = []
-    for name, batch in (("resnet50", 256), ("nnunet", 2), ("gn_unet", 1), ("efficientnet_b0", 128)):
+    for name, batch in (("resnet50", 256), ("nnunet", 2), ("diffusion_unet", 1), ("efficientnet_b0", 128)):
         for execution, base in (("eager", 100.0), ("compile", 80.0)):
             for norms, ms in (("torch.nn", base), ("normfused", base / factor)):
-                shape = (batch, 3, 224, 224)
+                shape, layout = (batch, 3, 224, 224), "channels_last_3d" if name == "nnunet" else "channels_last"
                 peak = 20_000_000_000 if norms == "torch.nn" else 15_000_000_000
                 figures: dict[str, Any] = {"step_ms": ms, "images_per_s": batch / ms * 1e3, "peak_bytes": peak, "replaced": 53}
-                found.append(
-                    NetworkRow(name, batch, shape, "channels_last", "bfloat16", "training", norms, execution, backend="cuda", **figures)
-                )
+                found.append(NetworkRow(name, batch, shape, layout, "bfloat16", "training", norms, execution, backend="cuda", **figures))
     return found
 
 
