@@ -6,7 +6,7 @@ Providers do not take turns here, so that the command's figures are the ones to 
 from __future__ import annotations
 
 import time
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import pytest
 import torch
@@ -18,19 +18,25 @@ from normfused.benchmark.providers import Provider, all_providers, prepare
 from normfused.benchmark.results import PASSES
 
 
-@cache
-def _origin() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+class DeviceClock:
+    """Seconds on a GPU: of an event behind all work queued so far. A sum of what lies between calls, as CUDA tells milliseconds in
+    float32, which after a minute has lost the microseconds."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.last: torch.cuda.Event | None = None
+
+    def __call__(self) -> float:
+        now = torch.cuda.Event(enable_timing=True)
+        now.record()
+        now.synchronize()
+        if self.last is not None:
+            self.seconds += self.last.elapsed_time(now) / 1e3
+        self.last = now
+        return self.seconds
 
 
-def device_clock() -> float:
-    """Seconds on a GPU: of an event behind all work queued so far."""
-    first, now = _origin(), torch.cuda.Event(enable_timing=True)
-    now.record()
-    now.synchronize()
-    return first.elapsed_time(now) / 1e3
+device_clock = DeviceClock()
 
 
 @lru_cache(64)
@@ -61,7 +67,7 @@ def test_operators(benchmark, case: Case, provider: Provider, direction: str, de
     if found.wrong:
         pytest.fail(f"{provider.name} is wrong: {found.of_allowed:.3g} times the allowed error in {found.worst}")
     data = timing.inputs(case, device)
-    call = timing.call_of(prepare(provider, case, device), data, direction)
+    call = timing.in_turn(timing.passes(prepare(provider, case, device), data, direction))
     calls = 1 if device == "cpu" else max(len(data), timing.CALLS)
     with timing.threads_for(case.tensor_bytes):
         run = call if device == "cpu" else timing.captured(call, calls, len(data)).run

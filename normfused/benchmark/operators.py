@@ -6,10 +6,13 @@ is not timed at all. Results are saved after every case.
 
 from __future__ import annotations
 
+import faulthandler
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from .. import selftest
 from ..explain import explain
 from . import accuracy, timing, traffic
 from . import header as headers
-from .cases import Case
+from .cases import HEADLINE, Case
 from .providers import Provider, prepare, saved_bytes
 from .results import MODES, PASSES, OperatorRow, Results
 from .timing import Figures, Inputs
@@ -30,6 +33,13 @@ from .timing import Figures, Inputs
 # Before the first case is done: seconds of one by one provider, and what a compilation adds. A guess, corrected by every case
 _SECONDS = {"cpu": 0.35, "cuda": 0.7}
 _COMPILATION = {"cpu": 4.0, "cuda": 6.0}
+# Of the seconds of a run that has a limit: what all first calls of one provider, which compile, may take before it is left out, so that
+# every case has its turn; autotuning takes a minute a case
+_SHARE, _SHARE_OF_AUTOTUNING = 0.35, 0.05
+# Saving takes longer the more there is: at most this share of the time
+_SAVING = 0.05
+# No case takes so long on a GPU. A kernel that never ends cannot be interrupted: the process then says where it was and ends
+_STUCK_SECONDS = 240.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,8 @@ class Run:
     rounds: int
     copy_gbps: float = float("nan")
     faulty: dict[str, str] = field(default_factory=dict)  # provider -> what its self-test found
+    seconds: float | None = None
+    spent: Counter[str] = field(default_factory=Counter)  # provider -> seconds of its first calls, compilation and the check
     say: Callable[[Event], None] = lambda event: None
     left_out: Callable[[Provider, Case], str | None] = lambda provider, case: None
 
@@ -81,8 +93,9 @@ def run(
     Args:
         directions, modes: of `results.PASSES` and `results.MODES`. In eval a module is timed forward and without grad only.
         rounds: figures are medians over so many.
-        seconds: no case is begun after these; those left go to ``not_run``.
-        path: saved there after every case.
+        seconds: no case is begun after these; those left go to ``not_run``. Compilation is then for headline cases in training, and a
+            provider that takes more than its share is left out of the cases to come.
+        path: saved there after every case, while there is little to save; then from time to time, and at the end.
         resume: results that are gone on with, of the same machine, software, commit and selection; cases in them are not run again.
         left_out: why a provider that could run a case is not asked to, or None.
 
@@ -102,7 +115,8 @@ def run(
     known = {row.case for row in results.rows}
     waiting = [c for c in cases if c.name not in known]
     results.not_run = [c.name for c in waiting]
-    this = Run(device, directions, modes, rounds, say=on_event, left_out=left_out)
+    this = Run(device, directions, modes, rounds, seconds=seconds, say=on_event, left_out=left_out)
+    save = _Saving(results, path)
     guesses = [_guess(case, present, this) for case in waiting]
     if waiting:
         on_event(Event("start", f"{len(waiting)} case{'s' * (len(waiting) > 1)}", 0, len(waiting), sum(guesses)))
@@ -118,10 +132,11 @@ def run(
                     break
                 begun = time.monotonic()
                 on_event(Event("case", case.name, done, len(waiting), seconds_left(guesses, done, begun - first)))
-                rows = measure_case(case, present, this)
+                with _watched(device):
+                    rows = measure_case(case, present, this)
                 results.rows += rows
                 results.not_run.remove(case.name)
-                _save(results, path)
+                save.if_it_is_time()
                 left = seconds_left(guesses, done + 1, time.monotonic() - first)
                 on_event(Event("done", f"{case.name}: {time.monotonic() - begun:.1f} s", done + 1, len(waiting), left, rows))
                 if not _device_answers(device):
@@ -131,7 +146,7 @@ def run(
         results.header["interrupted"] = "Ctrl-C"
     if device == "cuda":
         results.header["clocks_after"] = headers.clocks()
-    _save(results, path)
+    save()
     return results
 
 
@@ -149,8 +164,12 @@ def gone_on_with(before: Results, now: dict[str, Any]) -> Results:
 
 def _guess(case: Case, providers: Sequence[Provider], this: Run) -> float:
     """Seconds that a case takes, roughly."""
-    asked = [p for p in providers if this.left_out(p, case) is None and p.refuses(case, this.device) is None]
-    return len(this.modes) * sum(_SECONDS[this.device] + (_COMPILATION[this.device] if _compiles(p) else 0.0) for p in asked)
+    return sum(
+        _SECONDS[this.device] + (_COMPILATION[this.device] if _compiles(p) else 0.0)
+        for mode in this.modes
+        for p in providers
+        if not (p.refuses(case, this.device) or this.left_out(p, case) or _too_dear(p, case, mode == "training", this))
+    )
 
 
 def seconds_left(guesses: Sequence[float], done: int, taken: float) -> float:
@@ -158,9 +177,33 @@ def seconds_left(guesses: Sequence[float], done: int, taken: float) -> float:
     return sum(guesses[done:]) * (taken / sum(guesses[:done]) if sum(guesses[:done]) else 1.0)
 
 
-def _save(results: Results, path: Path | None) -> None:
-    if path is not None:
-        results.save(path)
+class _Saving:
+    def __init__(self, results: Results, path: Path | None) -> None:
+        self._results, self._path = results, path
+        self._taken, self._saved = 0.0, time.monotonic()
+
+    def __call__(self) -> None:
+        if self._path is not None:
+            begun = time.monotonic()
+            self._results.save(self._path)
+            self._saved = time.monotonic()
+            self._taken = self._saved - begun
+
+    def if_it_is_time(self) -> None:
+        if self._taken <= _SAVING * (time.monotonic() - self._saved) or self._taken < 0.05:
+            self()
+
+
+@contextmanager
+def _watched(device: str) -> Iterator[None]:
+    """Ends the process where a device does not come back."""
+    if device == "cuda":
+        faulthandler.dump_traceback_later(_STUCK_SECONDS, exit=True, file=sys.__stderr__ or sys.stderr)
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager
@@ -183,6 +226,18 @@ def backend_of(provider: Provider) -> str | None:
 
 def _compiles(provider: Provider) -> bool:
     return "compile" in provider.name
+
+
+def _too_dear(provider: Provider, case: Case, training: bool, this: Run) -> str | None:
+    """Why a run of limited time does without a provider in this case, or None."""
+    if this.seconds is None:
+        return None
+    if _compiles(provider) and (case.tier != HEADLINE or not training):
+        return "compiling takes long: headline cases in training only where the run's time is limited (--seconds)"
+    spent, share = this.spent[provider.name], _SHARE_OF_AUTOTUNING if "autotune" in provider.name else _SHARE
+    if spent > share * this.seconds:
+        return f"its first calls in other cases have taken {spent:.0f} s, and the run's time is limited (--seconds)"
+    return None
 
 
 def self_tests(providers: Sequence[Provider], device: str) -> dict[str, str]:
@@ -238,9 +293,11 @@ def _measure_mode(case: Case, mode: str, directions: list[str], providers: Seque
             got = found.get(provider.name)
             if isinstance(got, Figures):
                 _fill(row, got, this)
-                if training:
-                    row.saved_bytes = _kept(modules[provider.name], data[0])
-                row.route = _route(provider, modules[provider.name], data[0], direction)
+                try:
+                    row.saved_bytes = _kept(modules[provider.name], data[0]) if training else None
+                    row.route = _route(provider, modules[provider.name], data[0], direction)
+                except Exception as error:  # what was timed is still worth its row
+                    row.note = "; ".join(text for text in (row.note, f"saved bytes unknown: {first_line(error)}") if text)
             elif got is not None:
                 row.status, row.reason = "failed", first_line(got)
             rows.append(row)
@@ -253,27 +310,33 @@ def _checked(
     """(fields of every provider's rows, modules of those that are right)."""
     verdicts: dict[str, dict[str, Any]] = {}
     modules: dict[str, nn.Module] = {}
-    oracle = accuracy.Oracle(case, this.device, training)
+    with torch.set_grad_enabled(training):  # as it is timed: without grad another kernel may run, and no other code is compiled
+        oracle = accuracy.Oracle(case, this.device, training)
     for provider in providers:
         why = this.faulty.get(provider.name)
         if why is not None:
             verdicts[provider.name] = {"status": "failed", "reason": why}
             continue
-        why = this.left_out(provider, case) or provider.refuses(case, this.device, training)
+        why = provider.refuses(case, this.device, training) or this.left_out(provider, case) or _too_dear(provider, case, training, this)
         if why is not None:
             verdicts[provider.name] = {"status": "refused", "reason": why}
             continue
         this.say(Event("provider", f"{'compiling and checking' if _compiles(provider) else 'checking'} {provider.name}"))
+        begun = time.monotonic()
         try:
-            found = accuracy.errors(provider, case, this.device, training, oracle)
+            made = provider.make(case)
+            same = replace(provider, make=lambda case, made=made: made)  # a second one would be compiled again
+            with torch.set_grad_enabled(training):
+                found = accuracy.errors(same, case, this.device, training, oracle)
             fields: dict[str, Any] = {"max_err": found.max_err, "err_of_allowed": found.of_allowed}
             if not found.wrong:
-                modules[provider.name] = prepare(provider, case, this.device, training=training)
+                modules[provider.name] = prepare(same, case, this.device, training=training)
             else:
                 fields |= {"status": "wrong", "reason": f"{found.of_allowed:.3g} times the allowed error in {found.worst}"}
             verdicts[provider.name] = fields
         except Exception as error:
             verdicts[provider.name] = {"status": "failed", "reason": first_line(error)}
+        this.spent[provider.name] += time.monotonic() - begun
     return verdicts, modules
 
 

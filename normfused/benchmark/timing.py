@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,8 +29,12 @@ COLD_BYTES = 240 * 2**20
 MOST_SETS = 256
 SMALL_BYTES = 2**20
 ROUNDS = 7
-# Calls in a graph, or in a burst of the host's: enough to make the clock's own cost small
+# Calls in a graph, or in a burst of the host's: enough to make the clock's own cost small, fewer where they fill a sample sooner
 CALLS = 20
+FEWEST_CALLS = 3
+SAMPLE_US = 1000.0
+# The driver queues some 1000 launches; the host would wait for the device behind more
+_QUEUED = 500
 # A sample on a CPU lasts at least this long
 SAMPLE_SECONDS = 4e-3
 # Some 0.1 ms: the device waits while the host queues what is timed, so that launching it is not in its time
@@ -77,12 +81,11 @@ def inputs(case: Case, device: str, training: bool = True, sets: int | None = No
     return found
 
 
-def call_of(module: nn.Module, data: Sequence[Inputs], direction: str) -> Call:
-    """One pass of ``module``, which takes the sets of ``data`` in turn; modules in eval mode run without grad.
+def passes(module: nn.Module, data: Sequence[Inputs], direction: str) -> list[Call]:
+    """One pass of ``module`` by each set of ``data``; modules in eval mode run without grad.
 
     A backward alone is that of forwards run here, before it is called; what they saved is kept for the next time.
     """
-    turns = itertools.cycle(data)
 
     def outputs(given: Inputs) -> tuple[Tensor, ...]:
         out = module(*given.leaves)
@@ -91,21 +94,27 @@ def call_of(module: nn.Module, data: Sequence[Inputs], direction: str) -> Call:
     def wanted(given: Inputs) -> list[Tensor]:
         return [*given.leaves, *module.parameters()]
 
-    def forward() -> object:
+    def forward(given: Inputs) -> object:
         with torch.set_grad_enabled(module.training):
-            return module(*next(turns).leaves)
+            return module(*given.leaves)
 
-    def forward_backward() -> object:
-        given = next(turns)
+    def forward_backward(given: Inputs) -> object:
         heads = outputs(given)
         return heads, torch.autograd.grad(heads, wanted(given), given.gradients[: len(heads)])
 
-    if direction == "forward":
-        return forward
-    if direction == "forward_backward":
-        return forward_backward
-    kept = itertools.cycle([(heads, wanted(d), d.gradients[: len(heads)]) for d in data for heads in (outputs(d),)])
-    return lambda: torch.autograd.grad(*next(kept), retain_graph=True)
+    def backward(given: Inputs) -> Call:
+        heads = outputs(given)
+        return partial(torch.autograd.grad, heads, wanted(given), given.gradients[: len(heads)], retain_graph=True)
+
+    if direction == "backward":
+        return [backward(given) for given in data]
+    return [partial(forward if direction == "forward" else forward_backward, given) for given in data]
+
+
+def in_turn(calls: Sequence[Call]) -> Call:
+    """One of ``calls``, the next one every time."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
 
 
 # ---------------------------------------------------------------------------------------------------------------- statistics
@@ -156,6 +165,23 @@ def host_us(run: Call, calls: int) -> float:
     return wall_us(run, calls)
 
 
+def calls_for(us: float, sets: int = 1) -> int:
+    """How many calls of ``us`` microseconds make a sample: of each of ``sets`` the same number, so that the next sample, too, begins
+    with the one that was used longest ago."""
+    times = max(FEWEST_CALLS, min(CALLS, round(SAMPLE_US / us)))
+    return sets * -(-times // sets)
+
+
+def spin_up(seconds: float) -> None:
+    """Copies for so long that the clocks are up: the device lowers them while it waits, for a compiler say."""
+    source = torch.ones(2**26, dtype=torch.uint8, device="cuda")
+    target, end = torch.empty_like(source), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(CALLS):
+            target.copy_(source)
+        torch.cuda.synchronize()
+
+
 def repeated(call: Call, times: int, kept: int = 1) -> Call:
     """``times`` calls. The last ``kept`` results live on, so that the next do not take their place, which is still in the cache."""
 
@@ -180,50 +206,97 @@ class Captured:
         return device_us(self.run, self.times)
 
 
-def captured(call: Call, times: int = CALLS, kept: int = 1, pool: Any = None) -> Captured:
-    """Captures ``times`` calls on the current stream, which must not be the default one.
+class Pool:
+    """Memory that graphs share which are never replayed at the same time. It needs a graph that holds it, as it ends with its last one;
+    ``like`` says on which device."""
 
-    Not through ``torch.cuda.graph``: it empties the allocator's cache at every capture, and a case has dozens. Graphs that are never
-    replayed at the same time may share a ``pool`` of memory.
-    """
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._holding: list[torch.cuda.CUDAGraph] = []
+        self.renew()
+
+    def renew(self) -> None:
+        """Another one, for the graphs to come: torch 2.11 captures nothing more into a pool that a capture has failed with."""
+        self.handle = torch.cuda.graph_pool_handle()
+        with suppress(Exception):  # where nothing can be captured nothing has to be held
+            self._holding.append(_capture(partial(self._like.new_zeros, 1), self.handle))
+
+
+def captured(call: Call, times: int = CALLS, kept: int = 1, pool: Pool | None = None) -> Captured:
+    """Captures ``times`` calls on the current stream, which must not be the default one."""
     for _ in range(3):  # compilation, autotuning and lazy initialisation cannot be captured
         call()
     run = repeated(call, times, kept)
+    try:
+        graph = _capture(run, torch.cuda.graph_pool_handle() if pool is None else pool.handle)
+    except Exception as error:  # libraries have classes of their own for what CUDA refuses
+        if pool is not None:
+            pool.renew()
+        # the first of the chain is the cause; capture_end only says that there was one
+        cause = error.__context__ or error
+        return Captured(run, times, why_not=(str(cause).splitlines() or [type(cause).__name__])[0])
+    nodes = launches_in(graph)
+    return Captured(partial(_replay, graph, call), times, None if nodes is None else round(nodes / times))
+
+
+def _capture(run: Call, handle: Any) -> torch.cuda.CUDAGraph:
+    """Not through ``torch.cuda.graph``: it empties the allocator's cache at every capture, and a case has dozens."""
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    if free < total // 4:  # a capture cannot take from the cache, and what it frees in need ends it
+        torch.cuda.empty_cache()
     collected = gc.isenabled()
     gc.disable()  # what is freed in the middle of a capture may wait for the device, which would end the capture
     try:
-        graph.capture_begin(pool)
+        graph.capture_begin(handle)
         try:
             run()
         finally:
             graph.capture_end()
         graph.instantiate()
-    except Exception as error:  # libraries have classes of their own for what CUDA refuses
-        torch.cuda.synchronize()
-        # the first of the chain is the cause; capture_end only says that there was one
-        cause = error.__context__ or error
-        return Captured(run, times, why_not=(str(cause).splitlines() or [type(cause).__name__])[0])
+    except Exception:
+        _end_of_failed_capture(graph, handle)
+        raise
     finally:
         if collected:
             gc.enable()
-    nodes = launches_in(graph)
-    return Captured(graph.replay, times, None if nodes is None else round(nodes / times))
+    return graph
+
+
+_failed_graphs: list[torch.cuda.CUDAGraph] = []
+
+
+def _end_of_failed_capture(graph: torch.cuda.CUDAGraph, handle: Any) -> None:
+    """What capture_end leaves undone when it raises, before torch 2.12: the allocator goes on as if in a capture, fails to empty its
+    cache, and never gives the pool back. Where there is nothing to be done the first of the two calls says so and is the last."""
+    with suppress(RuntimeError):
+        device = torch.cuda.current_device()
+        torch._C._cuda_endAllocateToPool(device, handle)
+        _failed_graphs.append(graph)  # the allocator of pinned memory goes on asking it
+        torch._C._cuda_releasePool(device, handle)
+    torch.cuda.synchronize()
+
+
+def _replay(graph: torch.cuda.CUDAGraph, call: Call) -> None:
+    """``call`` only has to live as long: the graph reads what it holds, a backward's saved tensors, and would read freed memory."""
+    graph.replay()
 
 
 def launches_in(graph: torch.cuda.CUDAGraph) -> int | None:
-    """Kernels, copies and memsets of a graph that was kept; None without NVIDIA's cuda-bindings, which come with torch."""
+    """Kernels, copies and memsets of a graph that was kept; None without NVIDIA's cuda-bindings, which come with torch, or where they
+    do not take it."""
     try:
         from cuda.bindings import runtime  # type: ignore[import-not-found,import-untyped]
-    except ImportError:
+
+        kinds = runtime.cudaGraphNodeType
+        counted = (kinds.cudaGraphNodeTypeKernel, kinds.cudaGraphNodeTypeMemcpy, kinds.cudaGraphNodeTypeMemset)
+        raw = graph.raw_cuda_graph()
+        _, _, number = runtime.cudaGraphGetNodes(raw)
+        _, nodes, _ = runtime.cudaGraphGetNodes(raw, number)
+        return sum(runtime.cudaGraphNodeGetType(node)[1] in counted for node in nodes[:number])
+    except Exception:  # a count is not worth a figure
         return None
-    kinds = runtime.cudaGraphNodeType
-    counted = (kinds.cudaGraphNodeTypeKernel, kinds.cudaGraphNodeTypeMemcpy, kinds.cudaGraphNodeTypeMemset)
-    raw = graph.raw_cuda_graph()
-    _, _, number = runtime.cudaGraphGetNodes(raw)
-    _, nodes, _ = runtime.cudaGraphGetNodes(raw, number)
-    return sum(runtime.cudaGraphNodeGetType(node)[1] in counted for node in nodes[:number])
 
 
 def launches_seen(call: Call) -> int | None:
@@ -231,12 +304,13 @@ def launches_seen(call: Call) -> int | None:
     from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
-    if ProfilerActivity.CUDA not in torch.profiler.supported_activities():
-        return None
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        call()
-        torch.cuda.synchronize()
+    try:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            call()
+            torch.cuda.synchronize()
+    except RuntimeError:  # it cannot look at this device, or the call fails, which shows where it is timed
+        return None
     return sum(e.device_type == DeviceType.CUDA and not e.is_user_annotation for e in found.events() or ()) or None
 
 
@@ -265,7 +339,7 @@ def _on_cpu(modules: Mapping[str, nn.Module], data: Sequence[Inputs], direction:
     with threads_for(data[0].leaves[0].nbytes) as threads:
         for name, module in modules.items():
             try:
-                call = call_of(module, data, direction)
+                call = in_turn(passes(module, data, direction))
                 timers[name] = _burst(call)
             except Exception as error:
                 found[name] = error
@@ -291,26 +365,46 @@ def _on_gpu(modules: Mapping[str, nn.Module], data: Sequence[Inputs], direction:
     figures: dict[str, Figures] = {}
     failed: dict[str, Exception] = {}
     timers: dict[str, dict[str, Callable[[], float]]] = {"device_us": {}, "device_warm_us": {}, "host_us": {}}
-    free()
-    pool = torch.cuda.graph_pool_handle()
+
+    def or_nan(name: str, timer: Callable[[], float]) -> float:
+        """The others are still worth their figures; a device that is lost shows in what follows."""
+        try:
+            return float("nan") if name in failed else timer()
+        except Exception as error:
+            failed[name] = _alone(error)
+            return float("nan")
+
+    torch.cuda.empty_cache()
+    pool = Pool(data[0].leaves[0])
     for name, module in modules.items():
         try:
-            same = call_of(module, data[:1], direction)
-            cold = captured(call_of(module, data, direction), max(len(data), CALLS // 2), len(data), pool)
-            warm = captured(same, pool=pool)
+            each = passes(module, data, direction)
+            same = each[0]
+            us = min(device_us(same, 1) for _ in range(3))
+            cold = captured(in_turn(each), calls_for(us, len(data)), len(data), pool)
+            warm = captured(same, calls_for(us), pool=pool)
             launches = launches_seen(same) if cold.launches is None else cold.launches
             figures[name] = Figures(launches=launches, peak_bytes=peak_bytes(same), note="; ".join(_notes(cold, data)) or None)
-        except Exception as error:  # the others are still worth their figures; a device that is lost shows in what follows
-            failed[name] = error
+        except Exception as error:
+            failed[name] = _alone(error)
             continue
-        timers["device_us"][name], timers["device_warm_us"][name] = cold.us, warm.us
-        timers["host_us"][name] = partial(host_us, repeated(same, CALLS), CALLS)
-    for kind, clocks in timers.items():
-        for name, values in take_turns(clocks, rounds).items():
+        calls = max(1, min(calls_for(us), _QUEUED // (launches or 1)))
+        clocks = (cold.us, warm.us, partial(host_us, repeated(same, calls), calls))
+        for kind, timer in zip(timers, clocks, strict=True):
+            timers[kind][name] = partial(or_nan, name, timer)
+    spin_up(0.05)
+    for kind, of_kind in timers.items():
+        for name, values in take_turns(of_kind, rounds).items():
             setattr(figures[name], kind, statistics.median(values))
             if kind == "device_us":
                 figures[name].spread = spread(values)
     return {**figures, **failed}
+
+
+def _alone(error: Exception) -> Exception:
+    """Without its frames: they hold tensors, which would live as long."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 def _notes(cold: Captured, data: Sequence[Inputs]) -> Iterator[str]:
@@ -338,7 +432,8 @@ def side_stream(device: str) -> Iterator[None]:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
-    torch.cuda.current_stream().wait_stream(stream)
+    with suppress(RuntimeError):  # a lost device has nothing to wait for, and its results are to be kept
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 @contextmanager
@@ -370,5 +465,11 @@ def copy_rate(device: str, size: int = 256 * 2**20, sets: int | None = None) -> 
         return target.copy_(source)
 
     with side_stream(device):
-        timer = partial(wall_us, copy, 1) if device == "cpu" else captured(copy, max(sets, CALLS)).us
-        return 2 * size / (1e-6 * statistics.median(take_turns({"copy": timer}, ROUNDS)["copy"]))
+        if device == "cpu":
+            timers: dict[str, Callable[[], float]] = {"calls": partial(wall_us, copy, 1)}
+        else:
+            times = max(sets, CALLS)
+            # a graph may copy by other means than a call does: the ceiling is the faster one
+            timers = {"calls": partial(device_us, repeated(copy, times), times), "graph": captured(copy, times).us}
+            spin_up(0.5)
+        return 2 * size / (1e-6 * min(map(statistics.median, take_turns(timers, ROUNDS).values())))

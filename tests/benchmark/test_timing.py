@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -13,10 +14,14 @@ from torch import nn
 
 from normfused.benchmark import timing
 from normfused.benchmark.cases import Case
-from normfused.benchmark.timing import Figures, call_of, captured, inputs, measure, repeated, spread, take_turns
+from normfused.benchmark.timing import Figures, Inputs, captured, in_turn, inputs, measure, passes, repeated, spread, take_turns
 
 CASE = Case("batch", (2, 4, 3, 3), dtype=torch.float32)
 SUM = Case("rms", (3, 4), residual="pre_norm", dtype=torch.float32)
+
+
+def call_of(module: nn.Module, data: list[Inputs], direction: str) -> timing.Call:
+    return in_turn(passes(module, data, direction))
 
 
 class Scaled(nn.Module):
@@ -158,7 +163,9 @@ class Gpu:
     refuses: str | None = None
 
     def __init__(self) -> None:
-        self.captures: list[Any] = []
+        self.captures: list[int] = []  # the pool of each
+        self.underway: int | None = None  # as the allocator sees it
+        self.released: list[int] = []
         self.replays = 0
         gpu = self
 
@@ -166,13 +173,16 @@ class Gpu:
             def __init__(self, keep_graph: bool = False) -> None:
                 assert keep_graph, "its nodes are counted"
 
-            def capture_begin(self, pool: Any = None) -> None:
+            def capture_begin(self, pool: int) -> None:
                 assert not gc.isenabled()
+                assert gpu.underway is None, "beginAllocateToPool: already recording to mempool_id"
+                gpu.underway = pool
                 gpu.captures.append(pool)
 
             def capture_end(self) -> None:
                 if gpu.refuses:
                     raise RuntimeError("capture failed due to a previous error")
+                gpu.underway = None
 
             def instantiate(self) -> None: ...
 
@@ -191,15 +201,31 @@ class Gpu:
 
         self.CUDAGraph, self.Event = Graph, Event
 
+    def end_allocate(self, device: int, pool: int) -> None:
+        if self.underway != pool:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway = None
+
+    def empty_cache(self) -> None:
+        assert self.underway is None, "captures_underway.empty() INTERNAL ASSERT FAILED"
+
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     gpu = Gpu()
     for name in ("CUDAGraph", "Event"):
         monkeypatch.setattr(torch.cuda, name, getattr(gpu, name))
-    for name in ("synchronize", "_sleep", "reset_peak_memory_stats", "empty_cache"):
+    for name in ("synchronize", "_sleep", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    handles = itertools.count(1)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "empty_cache", gpu.empty_cache)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 10))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", gpu.end_allocate, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: gpu.released.append(pool), raising=False)
+    monkeypatch.setattr(timing, "spin_up", lambda seconds: None)
+    monkeypatch.setattr(timing, "launches_seen", lambda call: 7)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5000)
     monkeypatch.setattr(timing, "launches_in", lambda graph: 2 * timing.CALLS)
@@ -212,13 +238,77 @@ def test_device_time_is_of_one_call_in_the_graph(gpu: Gpu) -> None:
     found = measure({"one": Scaled(), "other": Scaled()}, data, "backward", "cuda", rounds=5)
     for figures in found.values():
         assert isinstance(figures, Figures)
-        assert figures.device_us == figures.device_warm_us == 1e3 * gpu.graph_ms / timing.CALLS
+        assert figures.device_us == 1e3 * gpu.graph_ms / timing.CALLS
+        assert figures.device_warm_us == 1e3 * gpu.graph_ms / timing.FEWEST_CALLS, "calls of 4 ms fill a sample soon"
         assert figures.spread == 0
         assert figures.launches == 2
         assert figures.peak_bytes == 4000
         assert figures.note == "not cold: all inputs together are 0.0 MB"
-    assert gpu.captures == ["pool"] * 4, "cold and warm of each, one pool of memory"
+    assert gpu.captures == [1] * 5, "cold and warm of each, and what holds the pool of memory that they share"
     assert gpu.replays == 2 * 2 * 6, "two graphs, two modules, five rounds and one to warm up"
+
+
+def test_a_sample_uses_every_set_as_often() -> None:
+    assert timing.calls_for(2.0) == timing.CALLS
+    assert timing.calls_for(100.0) == 10
+    assert timing.calls_for(5000.0) == timing.FEWEST_CALLS
+    assert timing.calls_for(100.0, sets=3) == 12
+    assert timing.calls_for(5000.0, sets=2) == 4
+    assert timing.calls_for(2.0, sets=256) == 256
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph(gpu: Gpu) -> None:
+    class Kept: ...
+
+    kept = Kept()
+    alive = weakref.ref(kept)
+
+    def call(kept: Kept = kept) -> object:
+        return kept
+
+    graph = captured(call)
+    del call, kept
+    assert alive() is not None
+    del graph
+    assert alive() is None
+
+
+def test_a_failed_capture_leaves_the_allocator_as_it_was(gpu: Gpu) -> None:
+    pool = timing.Pool(torch.zeros(1))
+    gpu.refuses = "yes"
+    assert captured(lambda: None, pool=pool).why_not is not None
+    gpu.empty_cache()
+    assert 1 in gpu.released
+    gpu.refuses = None
+    assert captured(lambda: None, pool=pool).why_not is None
+    assert 1 not in gpu.captures[2:], "nothing more is captured into the pool of the one that failed"
+
+
+def test_a_capture_that_ended_well_is_not_given_back_twice(gpu: Gpu) -> None:
+    def call() -> None:
+        if gpu.captures:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert captured(call).why_not == "CUDA out of memory."
+    assert gpu.released == []
+
+
+def test_one_that_fails_while_it_is_timed_does_not_stop_the_others(gpu: Gpu) -> None:
+    class Later(Scaled):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls > 100:
+                raise RuntimeError("out of memory")
+            return super().forward(x)
+
+    found = measure({"later": Later(), "right": Scaled()}, inputs(CASE, "cpu", sets=2), "forward", "cuda", rounds=50)
+    assert isinstance(found["right"], Figures)
+    assert found["right"].host_us is not None
+    error = found["later"]
+    assert isinstance(error, RuntimeError)
+    assert error.__traceback__ is None, "its frames would hold tensors"
 
 
 def test_what_cannot_be_captured_is_called_and_says_why(gpu: Gpu) -> None:
@@ -227,7 +317,7 @@ def test_what_cannot_be_captured_is_called_and_says_why(gpu: Gpu) -> None:
 
     def call() -> None:
         calls.append(len(gpu.captures))
-        if gpu.captures and len(calls) == 4:  # the first within the capture
+        if len(calls) == 4:  # the first within the capture
             raise ValueError("operation not permitted when stream is capturing\nmore")
 
     found = captured(call, times=5)
@@ -238,9 +328,8 @@ def test_what_cannot_be_captured_is_called_and_says_why(gpu: Gpu) -> None:
     assert len(calls) == before + 5
 
 
-def test_the_note_of_an_uncaptured_call(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_note_of_an_uncaptured_call(gpu: Gpu) -> None:
     gpu.refuses = "yes"
-    monkeypatch.setattr(timing, "launches_seen", lambda call: 7)
     found = measure({"one": Scaled()}, inputs(CASE, "cpu", sets=2), "forward", "cuda", rounds=1)["one"]
     assert isinstance(found, Figures)
     assert found.note is not None
