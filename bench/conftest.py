@@ -34,12 +34,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"normfused benchmark: {header.header(device)}", *absent]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, object]) -> None:
     """The machine in our own words; the host's name is nobody's business."""
     machine_info.clear()
     machine_info.update(header.header(str(config.getoption("--device"))))
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, object]) -> None:
     kept = {k: commit_info.get(k) for k in ("id", "time", "dirty")}
     commit_info.clear()

@@ -17,6 +17,8 @@ from normfused.benchmark.cases import MATRIX, QUICK, Case
 from normfused.benchmark.providers import Provider, all_providers, prepare
 from normfused.benchmark.results import PASSES
 
+pytest.importorskip("pytest_benchmark")
+
 
 class DeviceClock:
     """Seconds on a GPU: of an event behind all work queued so far. A sum of what lies between calls, as CUDA tells milliseconds in
@@ -68,7 +70,7 @@ def test_operators(benchmark, case: Case, provider: Provider, direction: str, de
         pytest.fail(f"{provider.name} is wrong: {found.of_allowed:.3g} times the allowed error in {found.worst}")
     data = timing.inputs(case, device)
     call = timing.in_turn(timing.passes(prepare(provider, case, device), data, direction))
-    calls = 1 if device == "cpu" else max(len(data), timing.CALLS)
+    calls = 1 if device == "cpu" else timing.calls_for(min(timing.device_us(call, 1) for _ in range(3)), len(data))
     with timing.threads_for(case.tensor_bytes):
         run = call if device == "cpu" else timing.captured(call, calls, len(data)).run
         small = device == "cpu" and case.tensor_bytes < timing.SMALL_BYTES

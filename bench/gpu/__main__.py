@@ -47,6 +47,7 @@ def why_not() -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="What only a GPU can answer, in stages.")
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"{' '.join(NAMES)} (default: all)")
+    parser.add_argument("--within", type=float, default=float("inf"), metavar="SECONDS", help="of all stages together")
     parser.add_argument("--dry", action="store_true", help="say what would be run, and run nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same over the emulation, to try the commands")
     options = parser.parse_args()
@@ -59,7 +60,8 @@ def main() -> int:
         for stage in chosen:
             print(f"{stage.name}: at most {stage.limit:.0f} s")
             for command in stage.commands:
-                print(f"  {command.name}, {command.limit:.0f} s: {command}" + (f"  # {command.note}" if command.note else ""))
+                shown = command.within(command.limit)
+                print(f"  {command.name}, {command.limit:.0f} s: {shown}" + (f"  # {command.note}" if command.note else ""))
         return 0
     reason = why_not() if options.device == "cuda" else None
     if reason is not None:
@@ -71,8 +73,9 @@ def main() -> int:
     given = os.environ.get("OUT")
     out = Path(given) if given else (ROOT / "bench" / "results" if options.device == "cuda" else WORK) / folder_name(name)
     started = time.monotonic()
-    print(f"{name}: {', '.join(s.name for s in chosen)}; at most {sum(LIMITS[s.name] for s in chosen) / 60:.0f} minutes; {out}", flush=True)
-    outcomes = run_stages(chosen, WORK, out, lambda text: print(text, flush=True))
+    most = min(options.within, sum(LIMITS[s.name] for s in chosen))
+    print(f"{name}: {', '.join(s.name for s in chosen)}; at most {most / 60:.0f} minutes; {out}", flush=True)
+    outcomes = run_stages(chosen, WORK, out, lambda text: print(text, flush=True), within=options.within)
     print(f"\n{table(outcomes)}\n\n{time.monotonic() - started:.0f} s; {out}")
     return 0 if all(o.ok for o in outcomes) else 1
 

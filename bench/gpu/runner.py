@@ -17,7 +17,7 @@ import subprocess
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,13 @@ class Command:
     name: str
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
-    limit: float = 600.0  # seconds
+    limit: float = 600.0  # seconds; what is left of them, less ``spare``, takes the place of ``{seconds}`` in argv
+    spare: float = 0.0
     note: str = ""  # what the reader of the log should know, such as what is left out
+
+    def within(self, limit: float) -> Command:
+        seconds = f"{max(limit - self.spare, 1.0):.0f}"
+        return replace(self, argv=tuple(word.replace("{seconds}", seconds) for word in self.argv), limit=limit)
 
     def __str__(self) -> str:
         return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in self.environment.items()), shlex.join(self.argv)])
@@ -172,18 +177,22 @@ def record(outcomes: Sequence[Outcome], folder: Path, out: Path) -> None:
         shutil.copy(path, out)
 
 
-def run_stages(stages: Sequence[Stage], folder: Path, out: Path, say: Callable[[str], None], every: float = 15.0) -> list[Outcome]:
-    """All stages in their order. Nothing that a command does ends the others."""
+def run_stages(
+    stages: Sequence[Stage], folder: Path, out: Path, say: Callable[[str], None], every: float = 15.0, within: float = float("inf")
+) -> list[Outcome]:
+    """All stages in their order, in ``within`` seconds together. Nothing that a command does ends the others."""
     folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + within
     outcomes: list[Outcome] = []
     for stage in stages:
         started = time.monotonic()
         for command in stage.commands:
-            left = min(command.limit, stage.limit - (time.monotonic() - started))
+            left = min(command.limit, stage.limit - (time.monotonic() - started), end - time.monotonic())
             if left <= 0:
-                outcome = Outcome(stage.name, command.name, "not run", 0.0, f"the stage's {stage.limit:.0f} s were over")
+                over = f"the stage's {stage.limit:.0f} s" if time.monotonic() < end else f"all {within:.0f} s"
+                outcome = Outcome(stage.name, command.name, "not run", 0.0, f"{over} were over")
             else:
-                outcome = run_command(stage.name, command, folder, left, say, every)
+                outcome = run_command(stage.name, command.within(left), folder, left, say, every)
             say(f"[{stage.name}] {command.name}: {outcome.status}, {outcome.seconds:.0f} s: {outcome.headline}")
             outcomes.append(outcome)
             record(outcomes, folder, out)

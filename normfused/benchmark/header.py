@@ -28,8 +28,10 @@ _IDENTITY = ("device", "machine", "torch", "normfused", "commit", "dirty")
 
 
 def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:  # there is none, or it is not for everybody
+        lines = []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
@@ -71,16 +73,23 @@ def nvidia_smi(*fields: str) -> dict[str, str]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
-    command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None) if torch.cuda.is_available() else None
-    if uuid is not None:
-        command.append(f"--id=GPU-{uuid}")
+    command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", *_this_device()]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return {}
     rows = list(csv.reader(done.stdout.splitlines(), skipinitialspace=True))
     return dict(zip(fields, rows[0], strict=False)) if done.returncode == 0 and rows else {}
+
+
+def _this_device() -> list[str]:
+    """Option of nvidia-smi; none needed for a single GPU, and none to be had of one that is lost."""
+    try:
+        if torch.cuda.device_count() < 2:
+            return []
+        return [f"--id=GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"]
+    except (RuntimeError, AttributeError):
+        return []
 
 
 def clocks() -> dict[str, float | str | None]:

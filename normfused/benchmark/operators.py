@@ -9,10 +9,11 @@ from __future__ import annotations
 import faulthandler
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .. import selftest
 from ..explain import explain
 from . import accuracy, timing, traffic
 from . import header as headers
-from .cases import HEADLINE, Case
+from .cases import HEADLINE, MATRIX, Case
 from .providers import Provider, prepare, saved_bytes
 from .results import MODES, PASSES, OperatorRow, Results
 from .timing import Figures, Inputs
@@ -65,7 +66,9 @@ class Run:
     copy_gbps: float = float("nan")
     faulty: dict[str, str] = field(default_factory=dict)  # provider -> what its self-test found
     seconds: float | None = None
-    spent: Counter[str] = field(default_factory=Counter)  # provider -> seconds of its first calls, compilation and the check
+    spent: dict[str, float] = field(
+        default_factory=lambda: defaultdict(float)
+    )  # provider -> seconds of its first calls, compilation and the check
     say: Callable[[Event], None] = lambda event: None
     left_out: Callable[[Provider, Case], str | None] = lambda provider, case: None
 
@@ -114,7 +117,8 @@ def run(
     present = [p for p in providers if p.absent is None]
     known = {row.case for row in results.rows}
     waiting = [c for c in cases if c.name not in known]
-    results.not_run = [c.name for c in waiting]
+    unknown = {c.name for c in MATRIX} - known  # and left by another selection, such as networks after the matrix
+    results.not_run = list(dict.fromkeys([*(c.name for c in waiting), *(name for name in results.not_run if name in unknown)]))
     this = Run(device, directions, modes, rounds, seconds=seconds, say=on_event, left_out=left_out)
     save = _Saving(results, path)
     guesses = [_guess(case, present, this) for case in waiting]
@@ -324,8 +328,7 @@ def _checked(
         this.say(Event("provider", f"{'compiling and checking' if _compiles(provider) else 'checking'} {provider.name}"))
         begun = time.monotonic()
         try:
-            made = provider.make(case)
-            same = replace(provider, make=lambda case, made=made: made)  # a second one would be compiled again
+            same = replace(provider, make=partial(_itself, provider.make(case)))  # a second one would be compiled again
             with torch.set_grad_enabled(training):
                 found = accuracy.errors(same, case, this.device, training, oracle)
             fields: dict[str, Any] = {"max_err": found.max_err, "err_of_allowed": found.of_allowed}
@@ -338,6 +341,10 @@ def _checked(
             verdicts[provider.name] = {"status": "failed", "reason": first_line(error)}
         this.spent[provider.name] += time.monotonic() - begun
     return verdicts, modules
+
+
+def _itself(module: nn.Module, case: Case) -> nn.Module:
+    return module
 
 
 def _row(case: Case, mode: str, direction: str, provider: str) -> OperatorRow:

@@ -389,7 +389,7 @@ def _on_gpu(modules: Mapping[str, nn.Module], data: Sequence[Inputs], direction:
             failed[name] = _alone(error)
             continue
         calls = max(1, min(calls_for(us), _QUEUED // (launches or 1)))
-        clocks = (cold.us, warm.us, partial(host_us, repeated(same, calls), calls))
+        clocks: tuple[Callable[[], float], ...] = (cold.us, warm.us, partial(host_us, repeated(same, calls), calls))
         for kind, timer in zip(timers, clocks, strict=True):
             timers[kind][name] = partial(or_nan, name, timer)
     spin_up(0.05)

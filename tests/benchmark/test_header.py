@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import socket
 from pathlib import Path
 
@@ -68,3 +69,20 @@ def test_differences_show_both_sides() -> None:
     assert header.differences(here, here) == []
     there = {**here, "machine": "another", "date": "2001-01-01 00:00 UTC"}
     assert header.differences(there, here) == [f"machine: another there, {here['machine']} here"]
+
+
+def test_a_lost_device_does_not_keep_the_results_from_being_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> int:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lost)
+    assert isinstance(header.clocks(), dict)
+
+
+def test_a_processor_that_nobody_may_read_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert header.cpu_name() == platform.machine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from normfused import selftest
 from normfused.benchmark import operators, timing
-from normfused.benchmark.cases import CHANNELS_LAST, Case
+from normfused.benchmark.cases import CHANNELS_LAST, MATRIX, Case
 from normfused.benchmark.operators import Event
 from normfused.benchmark.providers import Provider, eager, ours
 from normfused.benchmark.results import PASSES, OperatorRow, Results
@@ -145,7 +146,81 @@ def test_a_lost_device_ends_the_run_with_what_there_is(monkeypatch: pytest.Monke
     assert "--resume" in results.header["interrupted"]
 
 
+class Twofold(nn.Module):
+    """Right with grad, wrong without."""
+
+    def __init__(self, chain: nn.Module) -> None:
+        super().__init__()
+        self.chain = chain
+
+    def forward(self, *leaves: torch.Tensor) -> Any:
+        out = self.chain(*leaves)
+        return out if torch.is_grad_enabled() else 1.01 * out
+
+
+def test_what_is_timed_is_what_is_checked() -> None:
+    """Without grad a provider may run other kernels."""
+    rows = rows_of(run(CASES[:1], (Provider("twofold", lambda case: Twofold(eager(case))),)), "twofold")
+    assert {(r.mode, r.status) for r in rows} == {("training", "ok"), ("eval", "wrong")}
+
+
+def test_a_module_is_made_once_a_mode() -> None:
+    made: list[Case] = []
+
+    def make(case: Case) -> nn.Module:
+        made.append(case)
+        return eager(case)
+
+    run(CASES[:1], (Provider("counted", make),))
+    assert len(made) == 2, "one that compiles would compile again"
+
+
+def test_a_row_outlives_what_is_looked_up_after_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saved_bytes(*_: object) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(operators, "saved_bytes", saved_bytes)
+    row = rows_of(run(CASES[:1]), "eager")[0]
+    assert row.status == "ok"
+    assert row.host_us is not None
+    assert row.saved_bytes is None
+    assert "saved bytes unknown: OutOfMemoryError" in (row.note or "")
+
+
 # ------------------------------------------------------------------------------------------- time, interruption, going on
+def test_compilation_has_a_share_of_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Provider("slow", eager)
+    compiled = Provider("compile", eager)
+    monkeypatch.setattr(operators, "_SHARE", 0.0)
+    limited = run(providers=(slow, compiled), seconds=1000.0)
+    assert {r.status for r in rows_of(limited, "slow")} == {"ok", "refused"}, (
+        "the first mode of the first case is what it took its time for"
+    )
+    assert {r.status for case in CASES[1:] for r in rows_of(limited, "slow", case)} == {"refused"}
+    assert "first calls in other cases have taken" in (rows_of(limited, "slow", CASES[1])[0].reason or "")
+    assert {r.status for r in rows_of(limited, "compile")} == {"refused"}, "these are no headline cases"
+    free = run(providers=(slow, compiled))
+    assert {r.status for r in free.rows} == {"ok"}
+
+
+def test_saving_takes_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+
+    def save(self: Results, path: Path) -> None:
+        saved.append(len(self.rows))
+        time.sleep(0.2)
+
+    monkeypatch.setattr(Results, "save", save)
+    results = run(path=tmp_path / "results.json")
+    assert saved == [len(results.rows) // 3, len(results.rows)]
+
+
+def test_what_another_selection_left_is_not_forgotten() -> None:
+    first = run(CASES[:1])
+    first.not_run = [MATRIX[0].name, "resnet50"]
+    assert run(CASES[:1], resume=first).not_run == [MATRIX[0].name]
+
+
 def test_no_case_is_begun_when_time_is_up() -> None:
     results = run(seconds=0.0)
     assert not results.rows

@@ -73,6 +73,18 @@ def test_a_stage_has_a_limit_of_its_own(tmp_path: Path) -> None:
     assert [o.status for o in outcomes] == ["timed out", "not run", "ok"]
 
 
+def test_a_command_is_told_the_seconds_that_are_left(tmp_path: Path) -> None:
+    """A benchmark behind a long build has to end earlier, or nothing of it comes back."""
+    tell = Command("tell", (sys.executable, "-c", "print('{seconds}')"), {}, limit=50.0, spare=20.0)
+    slow = python("slow", "import time; time.sleep(1.2)")
+    (alone,), _ = run(tmp_path, Stage("s", (tell,), 50.0))
+    assert alone.headline == "30"
+    outcomes = runner.run_stages([Stage("s", (slow, tell), 60.0)], tmp_path / "logs", tmp_path / "out", lambda text: None, within=40.0)
+    assert 15 <= int(outcomes[1].headline) <= 19
+    outcomes = runner.run_stages([Stage("s", (slow, tell), 60.0)], tmp_path / "logs", tmp_path / "out", lambda text: None, within=0.5)
+    assert [(o.status, o.headline) for o in outcomes[1:]] == [("not run", "all 0 s were over")]
+
+
 def test_the_record(tmp_path: Path) -> None:
     """Three files; a stage that runs again replaces its own part only."""
     out = tmp_path / "out"
@@ -143,7 +155,8 @@ def test_an_unknown_stage() -> None:
 
 
 def test_each_stage_fits_ten_minutes() -> None:
-    assert all(limit < 600 for limit in catalogue.LIMITS.values())
+    patience = 30  # to import torch, and to end what does not end by itself
+    assert all(limit <= 600 - patience for limit in catalogue.LIMITS.values())
     for stage in catalogue.stages(catalogue.NAMES, Path("x")):
         assert stage.commands
         assert all(command.limit <= stage.limit for command in stage.commands)
