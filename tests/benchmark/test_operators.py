@@ -193,9 +193,7 @@ def test_compilation_has_a_share_of_a_limited_time(monkeypatch: pytest.MonkeyPat
     compiled = Provider("compile", eager)
     monkeypatch.setattr(operators, "_SHARE", 0.0)
     limited = run(providers=(slow, compiled), seconds=1000.0)
-    assert {r.status for r in rows_of(limited, "slow")} == {"ok", "refused"}, (
-        "the first mode of the first case is what it took its time for"
-    )
+    assert {r.status for r in rows_of(limited, "slow")} == {"ok", "refused"}, "it takes its time in the first mode"
     assert {r.status for case in CASES[1:] for r in rows_of(limited, "slow", case)} == {"refused"}
     assert "first calls in other cases have taken" in (rows_of(limited, "slow", CASES[1])[0].reason or "")
     assert {r.status for r in rows_of(limited, "compile")} == {"refused"}, "these are no headline cases"
