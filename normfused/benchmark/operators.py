@@ -66,9 +66,7 @@ class Run:
     copy_gbps: float = float("nan")
     faulty: dict[str, str] = field(default_factory=dict)  # provider -> what its self-test found
     seconds: float | None = None
-    spent: dict[str, float] = field(
-        default_factory=lambda: defaultdict(float)
-    )  # provider -> seconds of its first calls, compilation and the check
+    spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # provider -> seconds of compilations and checks
     say: Callable[[Event], None] = lambda event: None
     left_out: Callable[[Provider, Case], str | None] = lambda provider, case: None
 

@@ -168,13 +168,13 @@ def host_us(run: Call, calls: int) -> float:
 def calls_for(us: float, sets: int = 1) -> int:
     """How many calls of ``us`` microseconds make a sample: of each of ``sets`` the same number, so that the next sample, too, begins
     with the one that was used longest ago."""
-    times = max(FEWEST_CALLS, min(CALLS, round(SAMPLE_US / us)))
+    times = max(FEWEST_CALLS, min(CALLS, round(SAMPLE_US / max(us, 1.0))))
     return sets * -(-times // sets)
 
 
 def spin_up(seconds: float) -> None:
     """Copies for so long that the clocks are up: the device lowers them while it waits, for a compiler say."""
-    source = torch.ones(2**26, dtype=torch.uint8, device="cuda")
+    source = torch.ones(2**24, dtype=torch.uint8, device="cuda")
     target, end = torch.empty_like(source), time.perf_counter() + seconds
     while time.perf_counter() < end:
         for _ in range(CALLS):
@@ -384,7 +384,9 @@ def _on_gpu(modules: Mapping[str, nn.Module], data: Sequence[Inputs], direction:
             cold = captured(in_turn(each), calls_for(us, len(data)), len(data), pool)
             warm = captured(same, calls_for(us), pool=pool)
             launches = launches_seen(same) if cold.launches is None else cold.launches
-            figures[name] = Figures(launches=launches, peak_bytes=peak_bytes(same), note="; ".join(_notes(cold, data)) or None)
+            figures[name] = Figures(
+                launches=launches, peak_bytes=peak_bytes(same), note="; ".join(_notes(cold.why_not or warm.why_not, data)) or None
+            )
         except Exception as error:
             failed[name] = _alone(error)
             continue
@@ -407,9 +409,9 @@ def _alone(error: Exception) -> Exception:
     return error.with_traceback(None)
 
 
-def _notes(cold: Captured, data: Sequence[Inputs]) -> Iterator[str]:
-    if cold.why_not is not None:
-        yield f"no CUDA graph, so the host's time may be in the device's: {cold.why_not}"
+def _notes(why_not: str | None, data: Sequence[Inputs]) -> Iterator[str]:
+    if why_not is not None:
+        yield f"no CUDA graph, so the host's time may be in the device's: {why_not}"
     total = sum(t.nbytes for d in data for t in d.leaves)
     if total < COLD_BYTES:
         yield f"not cold: all inputs together are {total / 1e6:.1f} MB"
