@@ -20,7 +20,7 @@ import normfused as nf
 from normfused import dispatch
 from normfused.backends.cuda import _load
 
-ROUTES = {None: -1, "single_pass": 0, "two_pass": 1}
+ROUTES = {None: -1, "single_pass": 0, "two_pass": 1, "cluster": 2, "group": 3}
 KERNELS = {
     *("moments", "apply", "single_pass", "grad_moments", "grad_apply", "grad_single_pass", "settle", "grad_settle", "settle_sets"),
     *("grad_settle_sets", "grad_columns", "grad_parameters", "average_running", "count_batch"),

@@ -403,9 +403,9 @@ Two grad_apply(const Tensor& dy, const Tensor& x, const Optional& residual, cons
 
 #ifdef NF_EMULATION
 void set_limits(int64_t processors, int64_t shared_bytes_per_block, int64_t shared_bytes_per_processor, int64_t threads_per_processor,
-                bool pool) {
+                int64_t largest_cluster, int64_t spare_processors, bool pool) {
     pretend({static_cast<int>(processors), static_cast<int>(shared_bytes_per_block), static_cast<int>(shared_bytes_per_processor),
-             static_cast<int>(threads_per_processor)},
+             static_cast<int>(threads_per_processor), static_cast<int>(largest_cluster), static_cast<int>(spare_processors)},
             pool);
 }
 #endif
@@ -438,7 +438,7 @@ NF_LIBRARY(NF_NAMESPACE, library) {
 #ifdef NF_EMULATION
     library.def(
         "set_limits(int processors, int shared_bytes_per_block, int shared_bytes_per_processor, int threads_per_processor,"
-        " bool pool=True) -> ()");
+        " int largest_cluster=8, int spare_processors=0, bool pool=True) -> ()");
 #endif
 }
 

@@ -7,7 +7,7 @@
 
 extern "C" {  // csrc/emulation/simt.h; weak, so that the build can be tested without it
 __attribute__((weak)) const char* nf_emulation_message();
-__attribute__((weak)) void nf_emulation_limits(int processors, int shared_bytes);
+__attribute__((weak)) void nf_emulation_limits(int processors, int shared_bytes, int shared_bytes_of_processor);
 }
 #else
 #include <cuda_runtime_api.h>
@@ -61,7 +61,8 @@ bool is_current(int) { return true; }
 
 void pretend(const Limits& limits, bool pool) {
     the_device().limits = limits;
-    if (nf_emulation_limits != nullptr) nf_emulation_limits(limits.processors, limits.shared_bytes_per_block);
+    if (nf_emulation_limits != nullptr)
+        nf_emulation_limits(limits.processors, limits.shared_bytes_per_block, limits.shared_bytes_per_processor);
     pool_is_empty = !pool;
 }
 

@@ -7,7 +7,7 @@
 // moments_kernel by every block that needs them, or settled already, or the running ones; or scale and shift are given per (n, c).
 #pragma once
 
-#include "moments.cuh"
+#include "owners.cuh"
 
 namespace normfused {
 
@@ -98,7 +98,8 @@ NF_DEVICE void finish_sets(const Call& call, const Slab<T, kWide>& slab, const M
     using A = AccumulatorOf<T>;
     const bool stores = slab.chunk == 0;  // of all slabs that know the set
     if constexpr (kWide) {
-        const Moments<A> sum = over_wide_set(call, slab, gather ? gather_partials<T, Moments<A>>(call, slab) : m[0]);
+        Moments<A> sum = over_wide_set(call, slab, gather ? gather_partials<T, Moments<A>>(call, slab) : m[0]);
+        if (!gather) sum = over_owners(call, slab, sum);
         c.mean[0] = c.rstd[0] = A(0);
         if (slab.live) {
             const Statistics<A> s = finish_set(call, slab.outer, sum, stores && slab.speaks(), batches_before);
@@ -174,7 +175,7 @@ NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const 
         pack_part<T>(z, part, y);
     }
     if (t.mask) Global<uint8_t>(t.mask).store(slab.mask_at(call.walk, cursor), uint8_t(bits));
-    slab.store(t.y, spot, y);
+    slab.store(t.y, spot, y, call.streams ? Cache::evict_first : Cache::normal);
 }
 
 // The second pass over a slab, backwards. ``held``: the first pass was in this kernel and left the last batch in registers.

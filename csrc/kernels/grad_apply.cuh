@@ -82,6 +82,7 @@ NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Su
                                    !gather      ? sets[0]
                                    : of_channel ? gather_partials<T, Value>(call, slab)
                                                 : gather_rows<T, kSums>(call, slab));
+        if (!gather) sums = over_owners(call, slab, sums);
         if (!slab.live) return;
         if (of_channel) join_weight(call, slab, slab.outer, slab.channel0, stores && slab.speaks(), sums);
         const Pair<A> pair = finish_gradient(call, slab.outer, sums);
@@ -142,8 +143,9 @@ NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, c
         }
         pack_part<T>(lanes.dz, part, dx);
     }
-    if (t.dresidual) slab.store(t.dresidual, spot, dresidual);
-    if (t.dx) slab.store(t.dx, spot, dx);
+    const Cache cache = call.streams ? Cache::evict_first : Cache::normal;
+    if (t.dresidual) slab.store(t.dresidual, spot, dresidual, cache);
+    if (t.dx) slab.store(t.dx, spot, dx, cache);
 }
 
 // The second pass of a backward over a slab, backwards

@@ -218,14 +218,36 @@ template <class T, int K> struct GradientStash {
     }
 };
 
+// Adds the next batch of the walk to the sums
+template <class T, bool kWide, bool kRows, int kAct, int K>
+NF_DEVICE void add_gradient_batch(const Call& call, const Slab<T, kWide>& slab, int64_t unit, Coefficients<T, kWide, kRows>& c,
+                                  const typename Slab<T, kWide>::Cursor (&cursors)[K], const Spot (&spots)[K],
+                                  const GradientBatch<T, K>& batch,
+                                  Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>],
+                                  Sums<AccumulatorOf<T>, gradient_sums<kAct>>& row) {
+    using A = AccumulatorOf<T>;
+    NF_UNROLL
+    for (int k = 0; k < K; ++k) {
+        if (!spots[k].empty()) {
+            c.turn_to(call, slab, spots[k]);
+            NF_UNROLL
+            for (int part = 0; part < vector_size<T>; part += part_size<T, kAct>) {
+                GradientLanes<A, part_size<T, kAct>> lanes;
+                gradient_lanes<T, kWide, kRows, kAct, K>(call, c, batch, k, part, lanes);
+                add_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, c, lanes, part, slab, spots[k], sets, row);
+            }
+        }
+        if (kRows && slab.row_ends(cursors[k])) end_row<T, kWide, kRows, gradient_sums<kAct>>(call, slab, spots[k], unit, c, sets, row);
+    }
+}
+
 // The first pass of a backward over a slab
 template <class T, bool kWide, bool kRows, int kAct, int K>
 NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, int64_t unit, Coefficients<T, kWide, kRows>& c,
                                  GradientBatch<T, K>& batch, Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>]) {
-    using A = AccumulatorOf<T>;
     const GradientStash<T, K> stash(call);
     const int batches = (slab.steps + K - 1) / K;
-    Sums<A, gradient_sums<kAct>> row;
+    Sums<AccumulatorOf<T>, gradient_sums<kAct>> row;
     auto cursor = slab.start();
     NF_NO_UNROLL
     for (int b = 0; b < batches; ++b) {
@@ -233,22 +255,82 @@ NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, i
         Spot spots[K];
         slab.next(cursor, cursors, spots);
         load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
-        NF_UNROLL
-        for (int k = 0; k < K; ++k) {
-            if (!spots[k].empty()) {
-                c.turn_to(call, slab, spots[k]);
-                NF_UNROLL
-                for (int part = 0; part < vector_size<T>; part += part_size<T, kAct>) {
-                    GradientLanes<A, part_size<T, kAct>> lanes;
-                    gradient_lanes<T, kWide, kRows, kAct, K>(call, c, batch, k, part, lanes);
-                    add_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, c, lanes, part, slab, spots[k], sets, row);
-                }
-            }
-            if (kRows && slab.row_ends(cursors[k])) end_row<T, kWide, kRows, gradient_sums<kAct>>(call, slab, spots[k], unit, c, sets, row);
-        }
+        add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, batch, sets, row);
         const int kept = b - (batches - 1 - stash.resident);
         if (kept >= 0 && b + 1 < batches) stash.keep(kept, batch);
     }
+}
+
+// The same with loads ahead (owners.cuh). The mask has a byte where an asynchronous copy takes four: its bytes are read before the batches
+// are waited for, those of batches that pass with the batch.
+template <class T, bool kWide, bool kRows, int kAct, int K>
+NF_DEVICE void collect_gradients_ahead(const Call& call, const Slab<T, kWide>& slab, int64_t unit, Coefficients<T, kWide, kRows>& c,
+                                       GradientBatch<T, K>& batch,
+                                       Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>]) {
+    using Cursor = typename Slab<T, kWide>::Cursor;
+    constexpr int V = vector_size<T>;
+    const Arguments& t = call.tensors;
+    const GradientStash<T, K> stash(call);
+    const Landing<K> landing(call, slab.steps);
+    const int last = landing.batches - 1;
+    Sums<AccumulatorOf<T>, gradient_sums<kAct>> row;
+    auto asked = slab.start();
+    const auto ask = [&](int b) {
+        if (b < last) {
+            NF_UNROLL
+            for (int k = 0; k < K; ++k) {
+                const Spot spot = slab.spot(asked);
+                const int at = landing.slot(b, k) * V;
+                slab.advance(asked);
+                slab.fetch(t.x, spot, stash.of(0), at, landing.cache(b));
+                slab.fetch(t.dy, spot, stash.of(1), at, landing.cache(b));
+                if (t.residual) slab.fetch(t.residual, spot, stash.of(2), at, landing.cache(b));
+            }
+        }
+        copy_async_commit();
+    };
+    NF_NO_UNROLL
+    for (int b = 0; b < landing.ahead; ++b) ask(b);
+    auto cursor = slab.after(last * K);
+    Cursor cursors[K];
+    Spot spots[K];
+    slab.next(cursor, cursors, spots);
+    load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
+    const auto bits_of = [&](const Cursor& at) {
+        return slab.spot(at).empty() ? uint8_t(0) : Global<const uint8_t>(t.mask).load(slab.mask_at(call.walk, at));
+    };
+    if (t.mask) {
+        cursor = slab.after(landing.passing * K);
+        NF_UNROLL_4
+        for (int b = landing.passing; b < last; ++b) {
+            NF_UNROLL
+            for (int k = 0; k < K; ++k) {
+                stash.bits().set(landing.slot(b, k), bits_of(cursor));
+                slab.advance(cursor);
+            }
+        }
+    }
+    cursor = slab.start();
+    NF_NO_UNROLL
+    for (int b = 0; b < last; ++b) {
+        slab.next(cursor, cursors, spots);
+        GradientBatch<T, K> now;
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) now.bits[k] = t.mask && b < landing.passing ? bits_of(cursors[k]) : uint8_t(0);
+        copy_async_wait<Landing<K>::ahead - 1>();
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) {
+            const int at = landing.slot(b, k);
+            now.x[k] = stash.of(0).template load<V>(at * V);
+            now.dy[k] = stash.of(1).template load<V>(at * V);
+            if (t.residual) now.residual[k] = stash.of(2).template load<V>(at * V);
+            if (t.mask && b >= landing.passing) now.bits[k] = stash.bits().get(at);
+        }
+        add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, now, sets, row);
+        ask(b + landing.ahead);
+    }
+    slab.next(cursor, cursors, spots);
+    add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, batch, sets, row);
 }
 
 template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>) grad_moments_kernel(NF_GRID_CONSTANT Call call) {

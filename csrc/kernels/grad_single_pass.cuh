@@ -23,11 +23,14 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
         GradientBatch<T, gradient_batch> batch;
         saved_statistics<T, kWide, kRows>(call, slab, c);
         c.renew(call, slab);
-        collect_gradients<T, kWide, kRows, kAct, gradient_batch>(call, slab, unit, c, batch, sets);
+        if constexpr (kWide && kRows)
+            collect_gradients_ahead<T, kWide, kRows, kAct, gradient_batch>(call, slab, unit, c, batch, sets);
+        else collect_gradients<T, kWide, kRows, kAct, gradient_batch>(call, slab, unit, c, batch, sets);
         finish_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, slab, sets, false, g);
         grad_apply_slab<T, kWide, kRows, kAct, gradient_batch>(call, slab, true, batch, c, g);
     }
     if (keeps_sums) ChannelSums<T, kWide, gradient_sums<kAct>>(call).leave(call, block_index());
+    leave_owners(call);
     if (call.finish && last_to_arrive(Global<uint32_t>(call.tensors.arrivals), grid_blocks())) {
         parameter_gradients<A>(call, 0, 1);
         shared_gradients<A>(call);

@@ -19,11 +19,13 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
         const Slab<T, kWide> slab(call.walk, unit);
         Moments<A> m[sum_lanes<T, kWide>];
         Vector<T> batch[forward_batch];
-        collect<T, kWide, forward_batch>(call, slab, batch, m);
+        if constexpr (kWide && kRows) collect_ahead<T, kWide, forward_batch>(call, slab, batch, m);
+        else collect<T, kWide, forward_batch>(call, slab, batch, m);
         finish_sets<T, kWide, kRows>(call, slab, m, false, batches_before, c);
         c.renew(call, slab);
         apply_slab<T, kWide, kRows, kAct, forward_batch>(call, slab, true, batch, c);
     }
+    leave_owners(call);
     if (call.problem.scope == Scope::channel && t.counter) {
         const Global<int64_t> counter(t.counter);
         const bool last = call.problem.cumulative ? last_to_arrive(Global<uint32_t>(t.arrivals), grid_blocks()) : block_index() == 0;

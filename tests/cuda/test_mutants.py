@@ -48,7 +48,7 @@ def barriers() -> list[tuple[str, int]]:
         if path.name == "device.cuh":
             continue
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            if re.search(r"\bsync_(warp|block|cluster|grid)\(|copy_async_wait<|copy_bulk_wait<|\.wait\(", line.split("//")[0]):
+            if re.search(r"\bsync_(warp|block|blocks|cluster)\(|copy_async_wait<|copy_bulk_wait<|\.wait\(", line.split("//")[0]):
                 found.append((path.name, number))
     return found
 
@@ -102,9 +102,9 @@ sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 # file, what is there, what is put in its place, and tests of float32 that must fail
 FAULTS: dict[str, tuple[str, str, str, list[str]]] = {
     "x is read again": (
-        "moments.cuh",
-        "batch[k] = slab.load(t.x, spots[k]);",
-        "batch[k] = slab.load(t.x, spots[k]);\n            batch[k] = slab.load(t.x, spots[k]);",
+        "owners.cuh",
+        "batch[k] = slab.load(x, slab.spot(cursor));",
+        "batch[k] = slab.load(x, slab.spot(cursor));\n        batch[k] = slab.load(x, slab.spot(cursor));",
         ["test_traffic.py::test_promises[channel-sectors-nchw-dtype0-single_pass]"],
     ),
     "a tail has one lane too many": (

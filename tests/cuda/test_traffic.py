@@ -20,11 +20,10 @@ from normfused.backends.cuda import _load
 from normfused.problem import CHANNEL, NHWC, POSITION, PRE_NORM, RMS, SAMPLE_GROUP, Problem
 
 from ..support import cases
-from .cases import SMALL, Case, Machine, forced
+from .cases import LIMITS, SMALL, Case, Machine, forced
 from .test_plan import DEVICES, Question, walks
 
 Counters = dict[str, Any]
-LIMITS = ("processors", "shared_bytes_per_block", "shared_bytes_per_processor", "threads_per_processor")
 SECTOR = 32
 
 
@@ -253,7 +252,7 @@ def test_partly_resident(shape: tuple[int, ...], layout: str, dtype: torch.dtype
             {"act": "gelu", "residual": "pre_act"},
             {"residual": PRE_NORM},
         ):
-            case = make("position", shape, layout, dtype=dtype, limits=(2, shared, 233472, 512), **mode)
+            case = make("position", shape, layout, dtype=dtype, limits=(2, shared, 233472, 512, 8, 0), **mode)
             forward, backward = measure(case, machine)
             check_forward(forward)
             check_backward(backward)
