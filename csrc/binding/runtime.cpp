@@ -1,5 +1,8 @@
 #include "runtime.h"
 
+#include <algorithm>
+#include <atomic>
+
 #include "interface.h"
 
 #ifdef NF_EMULATION
@@ -100,6 +103,10 @@ int ask_limits(int index, Limits& limits) {
         const cudaError_t status = cudaDeviceGetAttribute(q.answer, q.attribute, index);
         if (status != cudaSuccess) return status;
     }
+    int clusters = 0;
+    const cudaError_t status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, index);
+    if (status != cudaSuccess) return status;
+    if (!clusters) limits.largest_cluster = 1;
     return ok;
 }
 
@@ -156,9 +163,11 @@ const char* error_string(int status) {
 #endif
 
 namespace {
+std::atomic<int> spare{0};
+
 int limits_of(int index, Limits* limits) {
     int status = ok;
-    if (const Device* device = device_at(index, status)) *limits = device->limits;
+    if (const Device* device = device_at(index, status)) *limits = limits_now(*device);
     return status;
 }
 
@@ -166,6 +175,14 @@ const Interface interface{
     interface_version, NF_ARCHITECTURES, runtime_version, driver_version, error_string, limits_of, requirements, describe,
 };
 }  // namespace
+
+Limits limits_now(const Device& device) {
+    Limits limits = device.limits;
+    limits.spare_processors = std::max(limits.spare_processors, std::min(spare.load(std::memory_order_relaxed), limits.processors - 1));
+    return limits;
+}
+
+void spare_processors(int count) { spare = count; }
 
 }  // namespace normfused
 

@@ -143,9 +143,13 @@ inline void share_out(Walk& w, int64_t rows, int row_vectors, int want, bool pow
 inline void cut(Walk& w, int64_t chunks, bool exactly) {
     int64_t least = INT64_MAX, taken = 1;
     const auto rows_of = [&](int64_t pieces) { return ceil_div(w.rows, std::min(w.rows, chunks / pieces)); };
+    const auto vectors_of = [&](int64_t pieces) {  // pieces of whole lines of 128 bytes, where they are not tiny
+        const int64_t vectors = ceil_div(w.row_vectors, pieces);
+        return pieces > 1 && vectors >= 64 ? round_up(vectors, 8) : vectors;
+    };
     const auto consider = [&](int64_t pieces) {
         if (pieces < 1 || pieces > chunks || pieces > w.row_vectors) return;
-        const int64_t slab = rows_of(pieces) * ceil_div(w.row_vectors, pieces);
+        const int64_t slab = rows_of(pieces) * vectors_of(pieces);
         if (double(slab) < 0.9 * double(least)) least = slab, taken = pieces;
     };
     if (exactly) {
@@ -156,7 +160,7 @@ inline void cut(Walk& w, int64_t chunks, bool exactly) {
             if (chunks / few > 8) consider(chunks / few);
     }
     w.chunk_rows = int(rows_of(taken));
-    w.chunk_vectors = int(ceil_div(w.row_vectors, taken));
+    w.chunk_vectors = int(vectors_of(taken));
     w.vector_chunks = int(exactly ? taken : ceil_div(w.row_vectors, w.chunk_vectors));
     w.chunks = exactly ? chunks : ceil_div(w.rows, w.chunk_rows) * w.vector_chunks;
 }
@@ -365,7 +369,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         }
         if (!group) return false;
         const int64_t resident = 2 * int64_t(processors);
-        if (needed > resident) return owned(Owner::group, resident, 256);
+        if (needed > resident) return owned(Owner::group, resident, 256) || owned(Owner::group, processors, 256);
         // as many groups as find room, so that some load while others wait or store; then as many blocks to a group
         const int64_t groups = std::max<int64_t>(1, std::min(sets, resident / std::max<int64_t>(2, needed)));
         const int64_t equal = resident / ceil_div(sets, ceil_div(sets, groups));
