@@ -978,6 +978,10 @@ void copy_async(const View& to, const void* origin, const void* from, Site site)
     Copy copy = start_copy(to, origin, from, site);
     if (machine.traffic) count_access(copy.tensor, false, from, copy.bytes, site);
     Asynchronous& mine = asynchronous();
+    for (const Copy& other : mine.in)
+        if (copy.to < other.to + other.bytes && other.to < copy.to + copy.bytes)
+            fault(site, format("copy to byte %d of shared memory, into which the copy at %s is not awaited",
+                               int(copy.to - current->block->shared), at(other.site).c_str()));
     copy.group = mine.in_groups;
     mine.in.push_back(copy);
 }

@@ -179,22 +179,20 @@ NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const 
 }
 
 // The second pass over a slab, backwards. ``held``: the first pass was in this kernel and left the last batch in registers.
-template <class T, bool kWide, bool kRows, int kAct, int K> NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab,
-                                                                                      bool held, Vector<T> (&batch)[K],
-                                                                                      Coefficients<T, kWide, kRows>& c) {
+template <class T, bool kWide, bool kRows, int kAct, int K>
+NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, bool held, Vector<T> (&batch)[K],
+                          Coefficients<T, kWide, kRows>& c) {
     const Arguments& t = call.tensors;
     const ResidualMode mode = call.problem.residual_mode;
     const bool adds = mode == ResidualMode::pre_act || mode == ResidualMode::post_act;
     const void* source = mode == ResidualMode::pre_norm ? t.h : t.x;
-    const int batches = (slab.steps + K - 1) / K;
-    auto cursor = slab.after(batches * K);
+    auto cursor = slab.after((landing.last + 1) * K);
     NF_NO_UNROLL
-    for (int b = batches - 1; b >= 0; --b) {
+    for (int b = landing.last; b >= 0; --b) {
         typename Slab<T, kWide>::Cursor cursors[K];
         Spot spots[K];
         slab.previous(cursor, cursors, spots);
-        recall<T, kWide, K>(call, slab, b, held ? batches : batches + 1, spots, source, kWide != kRows && mode == ResidualMode::pre_norm,
-                            batch);
+        recall(slab, landing, held, b, spots, source, kWide != kRows && mode == ResidualMode::pre_norm, batch);
         Vector<T> residual[K] = {};
         if (adds) {
             NF_UNROLL
@@ -231,7 +229,7 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
     }
     c.renew(call, slab);
     Vector<T> batch[forward_batch];
-    apply_slab<T, kWide, kRows, kAct, forward_batch>(call, slab, false, batch, c);
+    apply_slab<T, kWide, kRows, kAct>(call, slab, Landing<forward_batch>(call, slab.steps), false, batch, c);
 }
 
 }  // namespace normfused

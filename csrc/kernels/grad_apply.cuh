@@ -150,21 +150,19 @@ NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, c
 
 // The second pass of a backward over a slab, backwards
 template <class T, bool kWide, bool kRows, int kAct, int K>
-NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, bool held, GradientBatch<T, K>& batch,
-                               Coefficients<T, kWide, kRows>& c, const GradientCoefficients<T, kWide>& g) {
+NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, bool held,
+                               GradientBatch<T, K>& batch, Coefficients<T, kWide, kRows>& c, const GradientCoefficients<T, kWide>& g) {
     const Arguments& t = call.tensors;
     if (!t.dx && !t.dresidual) return;
-    const GradientStash<T, K> stash(call);
-    const int batches = (slab.steps + K - 1) / K;
-    auto cursor = slab.after(batches * K);
+    const GradientStash<T, K> stash(call, landing);
+    auto cursor = slab.after((landing.last + 1) * K);
     NF_NO_UNROLL
-    for (int b = batches - 1; b >= 0; --b) {
+    for (int b = landing.last; b >= 0; --b) {
         typename Slab<T, kWide>::Cursor cursors[K];
         Spot spots[K];
         slab.previous(cursor, cursors, spots);
-        if (!held || b + 1 < batches) {
-            const int kept = b - (batches - 1 - stash.resident);
-            if (held && kept >= 0) stash.recall(kept, batch);
+        if (!held || b < landing.last) {
+            if (held && landing.stays(b)) stash.recall(b, batch);
             else load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
         }
         Vector<T> dh[K] = {};
@@ -198,7 +196,7 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
     saved_statistics<T, kWide, kRows>(call, slab, c);
     c.renew(call, slab);
     GradientBatch<T, gradient_batch> batch;
-    grad_apply_slab<T, kWide, kRows, kAct, gradient_batch>(call, slab, false, batch, c, g);
+    grad_apply_slab<T, kWide, kRows, kAct>(call, slab, Landing<gradient_batch>(call, slab.steps), false, batch, c, g);
 }
 
 }  // namespace normfused

@@ -1,4 +1,4 @@
-// A set that several blocks hold: its value from theirs, in every one of them, and loads that run ahead of their use.
+// A set that several blocks hold: its value from theirs, in every one of them; and loads that run ahead of their use.
 //
 // Blocks of a cluster read each other's value from shared memory; a group of co-resident blocks leaves its values in ``partial`` and meets
 // at an arrival word. Values merge in the order of the chunks, so that the bits are the same in every run. A block sends and reads a few
@@ -39,56 +39,42 @@ NF_DEVICE void leave_owners(const Call& call) {
     if (call.owner == Owner::cluster) sync_cluster();
 }
 
-// The batches of a slab on their way to shared memory. Batch b lands in a slot of its own if it stays; those that will be read again
-// (the first ones, ``batches - 1 - resident`` of them) take turns in the last slots, which the others fill last. A thread reads only what
-// it has copied itself, so that nothing but its own copies need be awaited.
-template <int K> struct Landing {
-    static constexpr int ahead = landing_ahead;
-    int batches, resident, passing, threads;
-
-    NF_DEVICE Landing(const Call& call, int steps)
-        : batches((steps + K - 1) / K), resident(call.walk.resident), passing(batches - 1 - resident), threads(int(block_threads())) {}
-    NF_DEVICE int slot(int b, int k) const {
-        const int place = b >= passing ? b - passing : resident - 1 - b % ahead;
-        return (place * K + k) * threads + int(thread_index());
+// Asks for batch b of the walk that ``cursor`` is at
+template <class T, bool kWide, int K>
+NF_DEVICE void ask(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, typename Slab<T, kWide>::Cursor& cursor, int b) {
+    constexpr int V = vector_size<T>;
+    if (b < landing.last) {
+        const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) {
+            slab.fetch(call.tensors.x, slab.spot(cursor), stash, landing.slot(b, k) * V, landing.cache(b));
+            slab.advance(cursor);
+        }
     }
-    // What will be read again should stay in the cache, at the cost of what will not
-    NF_DEVICE Cache cache(int b) const { return passing == 0 ? Cache::normal : b < passing ? Cache::evict_last : Cache::evict_first; }
-};
+    copy_async_commit();
+}
 
-// `collect` (moments.cuh) with loads ahead
-template <class T, bool kWide, int K> NF_DEVICE void collect_ahead(const Call& call, const Slab<T, kWide>& slab, Vector<T> (&batch)[K],
-                                                                   Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
+// `collect` (moments.cuh) with loads ahead; of the first ``early`` batches they are under way
+template <class T, bool kWide, int K>
+NF_DEVICE void collect_ahead(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, int early, Vector<T> (&batch)[K],
+                             Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
     constexpr int V = vector_size<T>;
     ThreadMoments<T, kWide> own;
-    const Landing<K> landing(call, slab.steps);
-    const int last = landing.batches - 1;
-    const Shared<T> stash = shared_at<T>(0, landing.resident * K * landing.threads * V);
-    const void* x = call.tensors.x;
-    auto asked = slab.start();
-    const auto ask = [&](int b) {
-        if (b < last) {
-            NF_UNROLL
-            for (int k = 0; k < K; ++k) {
-                slab.fetch(x, slab.spot(asked), stash, landing.slot(b, k) * V, landing.cache(b));
-                slab.advance(asked);
-            }
-        }
-        copy_async_commit();
-    };
+    const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
     // the one that stays in registers
-    auto cursor = slab.after(last * K);
+    auto cursor = slab.after(landing.last * K);
     NF_UNROLL
     for (int k = 0; k < K; ++k) {
-        batch[k] = slab.load(x, slab.spot(cursor));
+        batch[k] = slab.load(call.tensors.x, slab.spot(cursor));
         slab.advance(cursor);
     }
+    auto asked = slab.after(early * K);
     NF_NO_UNROLL
-    for (int b = 0; b < landing.ahead; ++b) ask(b);
+    for (int b = early; b < landing.ahead; ++b) ask(call, slab, landing, asked, b);
     cursor = slab.start();
     Spot spots[K];
     NF_NO_UNROLL
-    for (int b = 0; b < last; ++b) {
+    for (int b = 0; b < landing.last; ++b) {
         copy_async_wait<Landing<K>::ahead - 1>();
         Vector<T> now[K];
         NF_UNROLL
@@ -98,7 +84,7 @@ template <class T, bool kWide, int K> NF_DEVICE void collect_ahead(const Call& c
             now[k] = stash.template load<V>(landing.slot(b, k) * V);
         }
         own.add(now, spots, call.problem.centred);
-        ask(b + landing.ahead);
+        if (b + landing.ahead >= early) ask(call, slab, landing, asked, b + landing.ahead);
     }
     NF_UNROLL
     for (int k = 0; k < K; ++k) {

@@ -203,7 +203,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
 
     const auto memory = [&](Plan& at) -> int64_t {  // offsets behind the slab; the reductions of wide sets need one exchange between warps
         const Walk& w = at.walk;
-        const int64_t slab = round_up(int64_t(w.resident) * batch * at.threads * vector_bytes, 16);
+        const int64_t slab = round_up(int64_t(w.resident + w.spare) * batch * at.threads * vector_bytes, 16);
         const int64_t lanes = at.wide ? 0 : int64_t(values) * V * std::max(w.team * w.teams, at.threads) * accumulator;
         const int64_t tail = backward ? 4 * at.threads * accumulator : 0;  // grad_parameters.cuh in the last block
         const int64_t columns = slab + round_up(std::max<int64_t>({int64_t(values) * 32 * accumulator, lanes, tail}), 16);
@@ -331,7 +331,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         };
         if (owner == Owner::group) {
             // the part that does not fit is read again, by way of slots that are free at first
-            const int least = 2 * landing_ahead;
+            const int least = landing_ahead;
             if (!fits()) {
                 if (least_at_once > 1) return false;
                 int low = least, high = batches - 1;  // the most that fits
@@ -346,6 +346,16 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             const int64_t most_groups = int64_t(processors) * at_once(at) / w.chunks, sets = w.outers;
             at.groups = int(ceil_div(sets, ceil_div(sets, std::min(sets, most_groups))));
             at.blocks = at.groups * w.chunks;
+            // room that is left takes the beginning of the next slab
+            const int together = at_once(at);
+            const auto room = [&] { return memory(at) <= limits.shared_bytes_per_block && at_once(at) >= together; };
+            if (sets > at.groups && w.resident == batches - 1) {
+                const int64_t left = std::min(limits.shared_bytes_per_block, limits.shared_bytes_per_processor / together - 1024) -
+                                     at.shared_bytes;
+                w.spare = int(std::min<int64_t>(w.resident, std::max<int64_t>(0, left) / (int64_t(batch) * at.threads * vector_bytes)));
+                while (!room() && w.spare > 0) --w.spare;
+                memory(at);
+            }
         } else if (!fits()) {
             return false;
         }

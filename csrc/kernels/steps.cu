@@ -385,10 +385,10 @@ int describe(const Problem& problem, Step step, const Needs& needs, const Limits
     return std::snprintf(
         text, size_t(size),
         "{\"route\": \"%s\", \"owner\": \"%s\", \"groups\": %d, \"sets\": \"%s\", \"channels\": \"%s\", \"blocks\": %lld, \"threads\": %d, \"team\": %d, \"teams\": %d, "
-        "\"steps\": %d, \"batch\": %d, \"resident\": %d, \"slice\": %lld, \"chunks\": %lld, \"pieces\": %d, \"shared_bytes\": %d, "
+        "\"steps\": %d, \"batch\": %d, \"resident\": %d, \"spare\": %d, \"slice\": %lld, \"chunks\": %lld, \"pieces\": %d, \"shared_bytes\": %d, "
         "\"scratch_bytes\": %lld, \"arrivals\": %u, \"reads_of_x\": %.6g}",
         routes[int(plan.route)], owners[int(plan.owner)], plan.groups, plan.wide ? "wide" : "narrow", plan.rows ? "rows" : "columns", (long long)plan.blocks, plan.threads,
-        plan.walk.team, plan.walk.teams, plan.walk.steps, plan.batch, plan.walk.resident, (long long)plan.walk.slice,
+        plan.walk.team, plan.walk.teams, plan.walk.steps, plan.batch, plan.walk.resident, plan.walk.spare, (long long)plan.walk.slice,
         (long long)plan.walk.chunks, plan.walk.vector_chunks, plan.shared_bytes, (long long)(space.numbers() * (problem.type == Type::float64 ? 8 : 4)),
         space.arrivals, plan.read_x);
 }

@@ -27,6 +27,7 @@ LIMITS = (
 SMALL = (2, 65536, 65536, 512, 8, 0)
 TINY = (2, 40000, 65536, 512, 8, 0)
 FEW = (16, 40000, 65536, 512, 8, 0)  # sets are few beside its processors
+ROOMY = (2, 80000, 162048, 512, 1, 0)  # its blocks hold a set together, and the beginning of the next
 CRAMPED = (1, 114000, 232000, 512, 1, 0)  # even all of its blocks together hold little
 
 

@@ -15,7 +15,7 @@ import torch
 from normfused.problem import CHANNEL, NHWC, POSITION, PRE_NORM, RMS, SAMPLE_GROUP
 
 from ..support import cases
-from .cases import CRAMPED, FEW, SMALL, TINY, Case, Machine
+from .cases import CRAMPED, FEW, ROOMY, SMALL, TINY, Case, Machine
 from .test_norm_act import IDS, ROWS
 from .test_steps import check_steps
 
@@ -38,6 +38,24 @@ REPRESENTATIVE: dict[str, dict[str, Any]] = {
     "cluster, a block without rows": {"scope": SAMPLE_GROUP, "groups": 1, "shape": (2, 5, 16), "route": "cluster", "limits": FEW},
     "groups of blocks": {"scope": CHANNEL, "shape": (8, 3, 33, 64), "route": "group", "act": "silu", "tracked": True, "momentum": None},
     "groups of blocks, several channels": {"scope": SAMPLE_GROUP, "groups": 2, "shape": (3, 6, 40, 65), "route": "group", "act": "silu"},
+    "groups of blocks, the next slab on its way": {
+        "scope": CHANNEL,
+        "shape": (16, 5, 40, 64),
+        "route": "group",
+        "act": "relu",
+        "residual": "pre_act",
+        "tracked": True,
+        "limits": ROOMY,
+    },
+    "groups of blocks, the next slab on its way, several channels": {
+        "scope": SAMPLE_GROUP,
+        "groups": 2,
+        "shape": (3, 10, 67, 64),
+        "route": "group",
+        "act": "gelu",
+        "residual": "pre_act",
+        "limits": ROOMY,
+    },
     "groups of blocks, partly resident": {
         "scope": SAMPLE_GROUP,
         "groups": 1,

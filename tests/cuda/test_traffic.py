@@ -270,13 +270,13 @@ SHARED = {
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("device", SCALED)
+@pytest.mark.parametrize("scaled", SCALED)
 @pytest.mark.parametrize("name", SHARED)
-def test_large_sets(name: str, device: str, dtype: torch.dtype, machine: Machine) -> None:
+def test_large_sets(name: str, scaled: str, dtype: torch.dtype, machine: Machine) -> None:
     """What fits the device is asked for once, of the rest only what does not fit again; next to nothing passes between blocks."""
     sets, shape = SHARED[name]
     for mode in ({"act": "silu"}, {"act": "relu", "residual": "pre_act"}):
-        case = make(sets, shape, "nchw", dtype=dtype, limits=SCALED[device], **mode)
+        case = make(sets, shape, "nchw", dtype=dtype, limits=SCALED[scaled], **mode)
         set_bytes = case.p.count * dtype.itemsize
         for m in measure(case, machine):
             resident = (2 - m.plan["reads_of_x"]) * set_bytes  # R

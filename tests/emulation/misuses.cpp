@@ -240,6 +240,14 @@ void copy_left_behind(Arguments a) {
     copy_async<4>(shared_at<float>(0, 128), 4 * thread_index(), a.x, 4 * thread_index());  // HERE copy_left_behind
     copy_async_commit();
 }
+void copy_over_a_copy(Arguments a) {
+    auto s = shared_at<float>(0, 128);
+    copy_async<4>(s, 4 * thread_index(), a.x, 4 * thread_index());
+    copy_async_commit();
+    copy_async<4>(s, 4 * thread_index(), a.x, 0);  // HERE copy_over_a_copy
+    copy_async_commit();
+    copy_async_wait<0>();
+}
 void misaligned_copy(Arguments a) {
     copy_async<4>(shared_at<float>(0, 128), 0, a.x, 2);  // HERE misaligned_copy
 }
@@ -411,7 +419,7 @@ const Case cases[] = {
     NF_CASE(late_of_an_earlier_block, 3, 32), NF_CASE(remote_before_first_barrier, 4, 32, false, 2),
     NF_CASE(remote_without_last_barrier, 4, 32, false, 2), NF_CASE(remote_unordered, 4, 32, false, 2),
     NF_CASE(rank_beyond, 4, 32, false, 2), NF_CASE(cluster_barrier_missed, 4, 32, false, 2), NF_CASE(copy_not_awaited, 1, 32),
-    NF_CASE(copy_not_committed, 1, 32), NF_CASE(copy_left_behind, 1, 32), NF_CASE(misaligned_copy, 1, 32),
+    NF_CASE(copy_not_committed, 1, 32), NF_CASE(copy_left_behind, 1, 32), NF_CASE(copy_over_a_copy, 1, 32), NF_CASE(misaligned_copy, 1, 32),
     NF_CASE(bulk_not_awaited, 1, 32), NF_CASE(bulk_too_few_bytes, 1, 32), NF_CASE(bulk_too_many_bytes, 1, 32),
     NF_CASE(bulk_not_initialised, 1, 32), NF_CASE(bulk_init_without_barrier, 1, 64), NF_CASE(bulk_odd_size, 1, 32),
     NF_CASE(bulk_out_left_behind, 1, 64), NF_CASE(stack_overflow, 1, 32), {"no_threads", nothing, 1, 0},

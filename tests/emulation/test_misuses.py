@@ -71,6 +71,7 @@ EXPECTED = {
     "copy_not_awaited": r"load of byte \d+ of block 0's shared memory, into which the copy at misuses.cpp:\d+ is not awaited",
     "copy_not_committed": r"into which the copy at misuses.cpp:\d+ is not awaited|exits before this copy was awaited",
     "copy_left_behind": r"exits before this copy was awaited",
+    "copy_over_a_copy": r"copy to byte \d+ of shared memory, into which the copy at misuses.cpp:\d+ is not awaited",
     "misaligned_copy": r"load of 4 elements at x\[2\], misaligned",
     "bulk_not_awaited": r"into which the copy at misuses.cpp:\d+ is not awaited",
     "bulk_too_few_bytes": r"deadlock: 1 threads wait in .*; a bulk barrier of block 0 lacks 0 arrivals and 64 bytes",
