@@ -99,7 +99,12 @@ def row(library: _load.Library, layer: Layer) -> list[str]:
 
 
 def page(library: _load.Library) -> str:
-    head = ["layer, NCHW", "T", "set", *(f"{d}: {c}" for d in ("forward", "backward") for c in ("a set is held by", "R", "reads", "MB", "us"))]
+    head = [
+        "layer, NCHW",
+        "T",
+        "set",
+        *(f"{d}: {c}" for d in ("forward", "backward") for c in ("a set is held by", "R", "reads", "MB", "us")),
+    ]
     lines = [
         "# Which blocks hold a set",
         "",

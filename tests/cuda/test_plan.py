@@ -22,13 +22,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import normfused
 import normfused.functional as F
+from bench import slab_plans
+from normfused import explain
 from normfused.backends.cuda import _load
 from normfused.problem import CHANNEL, NHWC, POSITION, SAMPLE_GROUP, STANDARD, Problem
 
 from ..emulation.machine import ROOT, compile_command
 from ..support import cases
-from .cases import LIMITS, ROUTES, SMALL, Case
+from .cases import LIMITS, ROUTES, SMALL, Case, Machine, forced
 
 # processors, shared bytes of a block (opt-in) and of a processor, threads of a processor, blocks of a cluster, processors to spare
 DEVICES = {
@@ -428,6 +431,74 @@ def test_the_library_tells_the_same_plan(device: torch.device) -> None:
         same = ("blocks", "threads", "team", "teams", "steps", "batch", "resident", "slice", "chunks", "shared_bytes", "groups")
         assert {name: told[name] for name in same} == {name: at[name] for name in same}
         assert told["route"] == ("single_pass", "two_pass", "apply")[at["route"]]
+
+
+def test_the_table_of_slabs_is_current(device: torch.device) -> None:
+    """docs/slabs.md is what this plan says; if not: python -m bench.slab_plans"""
+    loaded = _load.library()
+    assert loaded is not None
+    if loaded.module is None:
+        pytest.skip("the module was not built for this Python")
+    assert slab_plans.PAGE.read_text() == slab_plans.page(loaded)
+
+
+@pytest.mark.parametrize("layer", slab_plans.LAYERS, ids=lambda layer: layer.name)
+@pytest.mark.parametrize("step", WHOLE_STEPS)
+def test_what_fits_the_device_is_read_once(layer: slab_plans.Layer, step: str) -> None:
+    """On an H200: sets of up to 30 MB forward, of up to 15 MB backward (two inputs); and the larger ones as far as they fit."""
+    q = Question(layer.scope, layer.N, layer.C, layer.S, layer.groups, step=step)
+    at = walks().plan(q)
+    set_bytes = layer.tensor_bytes / layer.sets
+    assert at["route"] == 0
+    if set_bytes * (2 if "backward" in step else 1) <= 30e6:
+        assert at["read_x"] == 1, at
+    else:
+        assert at["read_x"] <= 1.05 * (2 - 30e6 / 2 / set_bytes), at
+
+
+def spoken_for(case: Case) -> tuple[str, ...]:
+    with forced(case.route, case.limits):
+        return explain(lambda x: F.instance_norm_act(x, act="relu", backend="cuda"), case.x).plan
+
+
+def test_explain_tells_the_owner(emulated: None) -> None:
+    case = Case(SAMPLE_GROUP, groups=2, shape=(1, 2, 200, 224), dtype=torch.float32, limits=(4, 80000, 162048, 512, 8, 0))
+    assert "a set to a cluster of 4 blocks" in spoken_for(case)[0]
+    case.limits = (4, 80000, 162048, 512, 1, 0)
+    assert "a set to 4 blocks that run together, 2 sets at a time" in spoken_for(case)[0]
+
+
+def test_processors_to_spare(emulated: None) -> None:
+    """Of those that run together only; a device that is all spared still has one."""
+    case = Case(SAMPLE_GROUP, groups=2, shape=(1, 2, 200, 224), dtype=torch.float32, limits=(4, 80000, 162048, 512, 1, 0))
+    try:
+        for spare, blocks in ((0, 8), (2, 4), (99, 2)):
+            normfused.set_spare_processors(spare)
+            case.check()
+            assert f" {blocks} blocks of 256 threads" in spoken_for(case)[0], spoken_for(case)
+    finally:
+        normfused.set_spare_processors(0)
+
+
+@pytest.mark.parametrize(("count", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_wrong_processors_to_spare(count: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"set_spare_processors: count must .*, got"):
+        normfused.set_spare_processors(count)
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_a_group_without_room_takes_two_launches(act: str, machine: Machine, emulated: None) -> None:
+    """The device says that a cooperative grid is too large: other work holds its processors. The same call then runs without."""
+    case = Case(SAMPLE_GROUP, groups=2, shape=(1, 4, 160, 200), act=act, residual="pre_act", limits=None)
+    launches = []
+    with forced(None, (4, 80000, 162048, 512, 1, 0)):
+        for processors in (4, 1):
+            with machine.mode(traffic=True):
+                machine.c.nf_emulation_limits(processors, 80000, 162048)
+                case.check()
+                launches.append([kernel["kernel"] for kernel in machine.counters()["kernels"]])
+    assert launches[0] == ["single_pass", "grad_single_pass"]
+    assert launches[1] == ["moments", "apply", "grad_moments", "grad_apply", "grad_parameters"]
 
 
 def test_what_is_refused_says_so(device: torch.device) -> None:
