@@ -19,7 +19,7 @@ endif
 PY := $(ENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env triton toolkit demo test test-quick test-cuda host-cost bench bench-quick ratios resources gpu lint format doctor build emulation wheel clean
+.PHONY: help env triton toolkit demo test test-quick test-cuda host-cost bench bench-quick report ratios resources gpu lint format doctor build emulation wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -76,13 +76,17 @@ test-quick: env ## the suite without Triton and benchmarks
 host-cost: emulation ## host time of eager calls with the launches left out, beside the torch.nn chain
 	$(PY) -m bench.host_cost
 
-bench: env ## the whole operator matrix (long; meant for a GPU)
+bench: env ## speed and memory against eager, torch.compile and peers (ARGS="--model resnet50 --batch 128", ARGS=--list)
 	$(call install,bench)
-	$(PY) -m pytest bench --benchmark-json=bench/results/latest.json
+	$(PY) -m normfused bench $(ARGS)
 
-bench-quick: env ## the small matrix that a laptop can time
+bench-quick: env ## the same in three minutes on a laptop's CPU, with tables and pictures
 	$(call install,bench)
-	$(PY) -m pytest bench --quick --benchmark-json=bench/results/latest.json
+	$(PY) -m normfused bench --quick --plot
+
+report: env ## docs/performance.md and its pictures from the newest results of every machine
+	$(call install,bench)
+	$(PY) -m normfused bench report
 
 ratios: env ## time against the torch.nn chain, interleaved, on this CPU
 	$(call install,bench)

@@ -1,4 +1,8 @@
-"""Benchmarks: `pytest bench/ --quick`, `python -m bench.report RESULTS.json`, `python -m bench.cpu_ratio`."""
+"""The benchmark for pytest-benchmark (`pytest bench/ --quick`), its results, and what belongs to this repository alone.
+
+`python -m normfused bench` is the benchmark itself; `python -m bench.cpu_ratio`, `python -m bench.host_cost` and `python -m bench.gpu` are
+for those who change the library.
+"""
 
 import os
 

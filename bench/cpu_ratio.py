@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 
 import torch
 
 from normfused.benchmark.cases import CHANNELS_LAST, QUICK, Case
 from normfused.benchmark.providers import Provider, eager, ours, prepare, step, tensors
-from normfused.benchmark.timing import SMALL_BYTES, interleaved, threads_for
+from normfused.benchmark.timing import SMALL_BYTES, take_turns, threads_for, wall_us
 
 
 def bound(case: Case) -> str:
@@ -29,10 +30,11 @@ def measure(case: Case, rounds: int) -> tuple[float, float, float, float]:
     x, residual, dy = tensors(case, "cpu")
     leaves = [(x.clone().requires_grad_(), None if residual is None else residual.clone().requires_grad_()) for _ in range(2)]
     modules = prepare(Provider("eager", eager), case, "cpu"), prepare(Provider("torch", ours("torch")), case, "cpu")
-    chain, own = interleaved(lambda: step(modules[0], *leaves[0], dy), lambda: step(modules[1], *leaves[1], dy), rounds)
-    ratio = statistics.median(b / a for a, b in zip(chain, own, strict=True))
-    difference = statistics.median(b - a for a, b in zip(chain, own, strict=True))
-    return 1e6 * statistics.median(chain), 1e6 * statistics.median(own), ratio, 1e6 * difference
+    calls = {name: partial(step, module, *leaf, dy) for name, module, leaf in zip(("chain", "own"), modules, leaves, strict=True)}
+    times = take_turns({name: partial(wall_us, call, 1) for name, call in calls.items()}, rounds)
+    ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
+    difference = statistics.median(b - a for a, b in zip(*times.values(), strict=True))
+    return statistics.median(times["chain"]), statistics.median(times["own"]), ratio, difference
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
 """``python -m bench.gpu [STAGE ...]``: all stages, or those named, on this machine's GPU; ``--dry`` shows what they would run.
 
-Results go to $OUT, else to bench/results/<the GPU's name>: summary.md, results.json and logs.zip, written anew after every command.
+Results go to $OUT, else to bench/results/<the GPU's name>: summary.md, results.json, logs.zip and benchmark.json, written anew after
+every command. The stages bench, matrix and networks go on with build/gpu/benchmark.json where it is of the same machine and commit.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -65,10 +65,11 @@ def main() -> int:
     if reason is not None:
         print(f"make gpu needs a CUDA GPU: {reason}", file=sys.stderr)
         return 1
+    from normfused.benchmark.results import folder_name  # imports torch, which was not sure to be there before
+
     name = (gpu_name() or "gpu") if options.device == "cuda" else "emulation"
-    folder = re.sub(r"[^A-Za-z0-9]+", "-", name.removeprefix("NVIDIA ")).strip("-").lower()
     given = os.environ.get("OUT")
-    out = Path(given) if given else (ROOT / "bench" / "results" if options.device == "cuda" else WORK) / folder
+    out = Path(given) if given else (ROOT / "bench" / "results" if options.device == "cuda" else WORK) / folder_name(name)
     started = time.monotonic()
     print(f"{name}: {', '.join(s.name for s in chosen)}; at most {sum(LIMITS[s.name] for s in chosen) / 60:.0f} minutes; {out}", flush=True)
     outcomes = run_stages(chosen, WORK, out, lambda text: print(text, flush=True))

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from normfused.benchmark import timing, traffic
 from normfused.benchmark.cases import CHANNELS_LAST, Case
-from normfused.benchmark.providers import all_providers, prepare, tensors
+from normfused.benchmark.providers import all_providers, prepare
 
 from .facts import save
 
@@ -47,20 +48,18 @@ def child(provider_name: str) -> int:
         return 1
     for case in CASES:
         module = prepare(provider, case, "cuda")
-        x, residual, dy = tensors(case, "cuda")
-        leaves = [t.requires_grad_() for t in (x, residual) if t is not None]
-        wanted = [*leaves, *module.parameters()]
+        (given,) = timing.inputs(case, "cuda", sets=1)
+        wanted = [*given.leaves, *module.parameters()]
         for profiled in (False, True):
             torch.cuda.synchronize()
             if profiled:
                 torch.cuda.profiler.start()
                 torch.cuda._sleep(1)
-            out = module(*leaves)
+            out = module(*given.leaves)
             heads = out if isinstance(out, tuple) else (out,)
-            gradients = (dy,) * len(heads)
             if profiled:
                 torch.cuda._sleep(1)
-            torch.autograd.grad(heads, wanted, gradients)
+            torch.autograd.grad(heads, wanted, given.gradients[: len(heads)])
             torch.cuda.synchronize()
             if profiled:
                 torch.cuda.profiler.stop()
@@ -97,8 +96,7 @@ def by_direction(kernels: list[dict[str, Any]], cases: list[Case]) -> list[dict[
         raise ValueError(f"{len(groups)} groups of kernels for {len(expected)} directions of {len(cases)} cases")
     found = []
     for (case, direction), group in zip(expected, groups, strict=True):
-        forward = case.floor_bytes("forward")
-        floor = forward if direction == "forward" else case.floor_bytes("forward_backward") - forward
+        floor = traffic.floor_bytes(case, direction, "training")
         moved = sum(k.get("read", 0.0) + k.get("written", 0.0) for k in group)
         found.append(
             {"case": case.name, "direction": direction, "floor": floor, "moved": moved, "of_floor": moved / floor, "kernels": group}

@@ -6,11 +6,9 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import statistics
-import subprocess
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ import torch
 
 import normfused as nf
 from normfused import _build, dispatch
-from normfused.benchmark.timing import COLD_BYTES, graphed, host_seconds
-
-from ..conftest import labels
+from normfused.benchmark import header
+from normfused.benchmark.timing import CALLS, ROUNDS, Call, captured, copy_rate, host_us, repeated, side_stream, take_turns
 
 MIB = 2**20
 
@@ -32,43 +29,20 @@ def save(result: dict[str, Any]) -> None:
         Path(path).write_text(json.dumps(result, indent=1, default=str))
 
 
-def about(device: str) -> dict[str, Any]:
-    """bench.conftest.labels, also where there is no git."""
-    try:
-        return labels(device)
-    except OSError:
-        gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
-        return {"device": device, "torch": torch.__version__, "normfused": nf.__version__, "commit": None, **gpu}
-
-
-def seconds_on_device(call: Callable[[], object], times: int, rounds: int = 7) -> float:
+def device_seconds(call: Call, times: int) -> float:
     """Median of one of ``times`` calls in a CUDA graph, by events."""
-    replay, _ = graphed(call, times)
-    replay()
-    found = []
-    for _ in range(rounds):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        replay()
-        end.record()
-        end.synchronize()
-        found.append(begin.elapsed_time(end) / 1e3 / times)
-    return statistics.median(found)
+    return 1e-6 * statistics.median(take_turns({"": captured(call, times).us}, ROUNDS)[""])
+
+
+def host_seconds(call: Call) -> float:
+    """Median of what the host spends to issue a call."""
+    for _ in range(3):
+        call()
+    return 1e-6 * statistics.median(take_turns({"": partial(host_us, repeated(call, CALLS), CALLS)}, 10)[""])
 
 
 def copy_gbps(size: int, sets: int | None = None) -> float:
-    """Bytes read and written a second by torch's copy of ``size`` bytes, rotating over more memory than the cache (or ``sets``)."""
-    sets = sets or max(2, -(-COLD_BYTES // (2 * size)))
-    # random bits: equal ones cost less power and so run at a higher clock
-    sources = [torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda") for _ in range(sets)]
-    targets = [torch.empty_like(s) for s in sources]
-    turn = iter(range(10**9))
-
-    def copy() -> None:
-        k = next(turn) % sets
-        targets[k].copy_(sources[k])
-
-    return 2 * size / seconds_on_device(copy, max(sets, 20)) / 1e9
+    return copy_rate("cuda", size, sets) / 1e9
 
 
 def measured() -> dict[str, Any]:
@@ -78,15 +52,15 @@ def measured() -> dict[str, Any]:
     torch.cuda.synchronize()
     found: dict[str, Any] = {**copies, "copy_gbps_in_cache_8mib": round(copy_gbps(8 * MIB, sets=1))}
     # dependent launches in a graph, back to back
-    found["launch_in_graph_us"] = round(1e6 * seconds_on_device(lambda: tiny.add_(1), 100), 2)
-    found["launch_in_graph_4mib_us"] = round(1e6 * seconds_on_device(lambda: big.add_(1), 100), 2)
+    found["launch_in_graph_us"] = round(1e6 * device_seconds(lambda: tiny.add_(1), 100), 2)
+    found["launch_in_graph_4mib_us"] = round(1e6 * device_seconds(lambda: big.add_(1), 100), 2)
 
     def waited() -> None:
         tiny.add_(1)
         torch.cuda.synchronize()
 
-    found["launch_and_wait_us"] = round(1e6 * host_seconds(waited, 200), 2)
-    found["host_eager_add_us"] = round(1e6 * host_seconds(lambda: tiny.add_(1), 200), 2)
+    found["launch_and_wait_us"] = round(1e6 * host_seconds(waited), 2)
+    found["host_eager_add_us"] = round(1e6 * host_seconds(lambda: tiny.add_(1)), 2)
     return found
 
 
@@ -104,15 +78,14 @@ def host_costs(device: str) -> dict[str, float]:
         def once(layer: torch.nn.Module = layer) -> None:
             layer(x)
 
-        for _ in range(5):
-            once()
-        costs[f"host_forward_us {name}"] = round(1e6 * host_seconds(once, 200), 1) if device == "cuda" else 0.0
+        costs[f"host_forward_us {name}"] = round(1e6 * host_seconds(once), 1) if device == "cuda" else 0.0
     return costs
 
 
 def versions() -> dict[str, Any]:
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for name in ("triton", "numpy", "pytest", "pytest_benchmark", "hypothesis", "xdist", "setuptools", "pybind11", "ninja", "timm"):
+    """Of the tools that the other stages need; the header has the rest."""
+    found: dict[str, Any] = {}
+    for name in ("pytest", "pytest_benchmark", "hypothesis", "xdist", "setuptools", "pybind11", "ninja"):
         if importlib.util.find_spec(name) is None:
             found[name] = None
             continue
@@ -130,18 +103,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
-    result: dict[str, Any] = {"labels": about(device), "versions": versions()}
-    if shutil.which("nvidia-smi"):
-        query = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit,persistence_mode,mig.mode.current"
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True, check=False, timeout=30
-        )
-        result["nvidia_smi"] = done.stdout.splitlines()
+    result: dict[str, Any] = {"labels": header.header(device), "versions": versions()}
+    limits = ("memory.total", "clocks.max.sm", "clocks.max.mem", "power.limit", "persistence_mode", "mig.mode.current")
+    result["nvidia_smi"] = header.nvidia_smi(*limits)
     result["backends"] = {b: dispatch.unavailable(b, device, torch.float32) or "ready" for b in ("cuda", "triton", "torch")}
     if device == "cuda":
-        p = torch.cuda.get_device_properties(0)
-        result["device"] = {"processors": p.multi_processor_count, "l2_mib": p.L2_cache_size / MIB, "memory_gib": p.total_memory / 2**30}
-        result["measured"] = measured()
+        with side_stream(device):
+            result["measured"] = measured()
     result["host"] = host_costs(device)
     print(json.dumps(result, indent=1, default=str))
     save(result)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -140,7 +141,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def record(outcomes: Sequence[Outcome], folder: Path, out: Path) -> None:
-    """results.json, summary.md and logs.zip; after every command, so that they are there whatever comes next.
+    """results.json, summary.md, logs.zip and files of results; after every command, so that they are there whatever comes next.
 
     Stages that were run another time keep their results.
     """
@@ -165,8 +166,10 @@ def record(outcomes: Sequence[Outcome], folder: Path, out: Path) -> None:
     (out / "summary.md").write_text("\n\n".join(["# On a GPU", table(everything), *texts]) + "\n")
     with zipfile.ZipFile(out / "logs.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(folder.glob("*")):
-            if path.suffix in (".log", ".xml", ".txt") or path.name.startswith("benchmark-"):
+            if path.suffix in (".log", ".xml", ".txt"):
                 archive.write(path, path.name)
+    for path in folder.glob("benchmark*.json"):
+        shutil.copy(path, out)
 
 
 def run_stages(stages: Sequence[Stage], folder: Path, out: Path, say: Callable[[str], None], every: float = 15.0) -> list[Outcome]:

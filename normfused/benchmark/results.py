@@ -133,8 +133,9 @@ def check(given: Any) -> None:
     for key, kind in (("header", dict), ("rows", list), ("networks", list), ("absent", dict), ("not_run", list)):
         if not isinstance(given.get(key), kind):
             raise ValueError(f"results: {key} must be a {kind.__name__}, got {type(given.get(key)).__name__}")
-    for name, kind in (("rows", OperatorRow), ("networks", NetworkRow)):
-        known = {f.name: str(f.type) for f in fields(kind)}
+    row_types: tuple[tuple[str, Any], ...] = (("rows", OperatorRow), ("networks", NetworkRow))
+    for name, row_type in row_types:
+        known = {f.name: str(f.type) for f in fields(row_type)}
         for i, row in enumerate(given[name]):
             for key in known.keys() - row.keys():
                 raise ValueError(f"results: {name}[{i}] must have {key}")

@@ -155,8 +155,15 @@ def test_files_that_need_what_is_absent_are_left_out(monkeypatch: pytest.MonkeyP
     assert "--ignore=tests/norms/test_edges.py" in command.argv
     assert "hypothesis" in command.note
     assert "-n" not in command.argv
-    (matrix,) = catalogue.stages(["matrix"], Path("x"))
-    assert not matrix.commands
+
+
+def test_the_benchmark_goes_on_with_its_file(tmp_path: Path) -> None:
+    """The commands of the stages bench and matrix as they are, on the CPU: two cases in one file, which the record keeps."""
+    chosen = catalogue.stages(["bench", "matrix"], tmp_path, "cpu")
+    outcomes = runner.run_stages(chosen, tmp_path, tmp_path / "out", lambda text: None)
+    found = json.loads((tmp_path / "out" / catalogue.RESULTS).read_text())
+    assert [o.status for o in outcomes] == ["ok", "ok"]
+    assert {row["norm"] for row in found["rows"]} == {"batch", "rms"}
 
 
 # ---------------------------------------------------------------------------------------------------------------- ncu

@@ -1,0 +1,1 @@
+"""The benchmark itself: cases, providers, clocks, results, report."""
