@@ -20,8 +20,12 @@ from normfused.problem import CHANNEL, NCHW, POSITION, SAMPLE_GROUP, STANDARD, P
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "slabs.md"
 H200 = {
-    **{"processors": 132, "shared_bytes_per_block": 232448, "shared_bytes_per_processor": 233472, "threads_per_processor": 2048},
-    **{"largest_cluster": 8, "spare_processors": 0},
+    "processors": 132,
+    "shared_bytes_per_block": 232448,
+    "shared_bytes_per_processor": 233472,
+    "threads_per_processor": 2048,
+    "largest_cluster": 8,
+    "spare_processors": 0,
 }
 COPY = 4.3e12  # bytes a second, read and written, reported for an H200; not measured by this project
 
@@ -108,10 +112,11 @@ def page(library: _load.Library) -> str:
     lines = [
         "# Which blocks hold a set",
         "",
-        "Written by `python -m bench.slab_plans`: the plan of csrc/kernels/plan.h for an H200 (132 processors, 227 KB of shared memory a",
-        "block), bfloat16, ReLU. **Arithmetic, not a measurement.** T: MB of x. Set: MB of the elements that share a mean. R: MB of a set that",
-        "stay on chip, of each input. Reads: how often each input is asked for, 2 - R/set. MB: all that is asked for and written, where the least",
-        f"is 2T forward and 3T backward. us: those bytes at {COPY / 1e12:g} TB/s, a copy rate that others report of an H200.",
+        "Written by `python -m bench.slab_plans`: the plan of csrc/kernels/plan.h for an H200 (132 processors, 227 KB of shared memory",
+        "a block), bfloat16, ReLU. **Arithmetic, not a measurement.** T: MB of x. Set: MB of the elements that share a mean. R: MB of a",
+        "set that stay on chip, of each input. Reads: how often each input is asked for, 2 - R/set. MB: all that is asked for and",
+        f"written, where the least is 2T forward and 3T backward. us: those bytes at {COPY / 1e12:g} TB/s, a copy rate that others report",
+        "of an H200.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),

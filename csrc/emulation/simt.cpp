@@ -370,8 +370,7 @@ uint32_t segment_of(Thread& thread) {
     const Warp& warp = *thread.warp;
     if (thread.segment == 0 || thread.segment_epoch != warp.epoch) {
         const Block& block = *thread.block;
-        machine.segments.push_back(
-            {block.index * grid.threads + thread.index, warp.epoch, block.epoch, block.cluster->epoch});
+        machine.segments.push_back({block.index * grid.threads + thread.index, warp.epoch, block.epoch, block.cluster->epoch});
         thread.segment = static_cast<uint32_t>(machine.segments.size() - 1);
         thread.segment_epoch = warp.epoch;
     }

@@ -114,9 +114,9 @@ template <int K> struct Landing {
 };
 
 // The first pass over a slab
-template <class T, bool kWide, int K>
-NF_DEVICE void collect(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, Vector<T> (&batch)[K],
-                       Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
+template <class T, bool kWide, int K> NF_DEVICE void collect(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing,
+                                                             Vector<T> (&batch)[K],
+                                                             Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
     constexpr int V = vector_size<T>, P = part_size<T, any_act>;
     ThreadMoments<T, kWide> own;
     const Arguments& t = call.tensors;
@@ -156,9 +156,9 @@ NF_DEVICE void collect(const Call& call, const Slab<T, kWide>& slab, const Landi
 }
 
 // A batch of the second pass, for b going down. ``held``: the first pass was in this kernel, and the last batch is still there.
-template <class T, bool kWide, int K>
-NF_DEVICE void recall(const Slab<T, kWide>& slab, const Landing<K>& landing, bool held, int b, const Spot (&spots)[K], const void* tensor,
-                      bool written_here, Vector<T> (&batch)[K]) {
+template <class T, bool kWide, int K> NF_DEVICE void recall(const Slab<T, kWide>& slab, const Landing<K>& landing, bool held, int b,
+                                                            const Spot (&spots)[K], const void* tensor, bool written_here,
+                                                            Vector<T> (&batch)[K]) {
     constexpr int V = vector_size<T>;
     if (held && b == landing.last) return;
     if (held && landing.stays(b)) {

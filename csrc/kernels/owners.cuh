@@ -40,8 +40,8 @@ NF_DEVICE void leave_owners(const Call& call) {
 }
 
 // Asks for batch b of the walk that ``cursor`` is at
-template <class T, bool kWide, int K>
-NF_DEVICE void ask(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, typename Slab<T, kWide>::Cursor& cursor, int b) {
+template <class T, bool kWide, int K> NF_DEVICE void ask(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing,
+                                                         typename Slab<T, kWide>::Cursor& cursor, int b) {
     constexpr int V = vector_size<T>;
     if (b < landing.last) {
         const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
@@ -55,9 +55,9 @@ NF_DEVICE void ask(const Call& call, const Slab<T, kWide>& slab, const Landing<K
 }
 
 // `collect` (moments.cuh) with loads ahead; of the first ``early`` batches they are under way
-template <class T, bool kWide, int K>
-NF_DEVICE void collect_ahead(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, int early, Vector<T> (&batch)[K],
-                             Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
+template <class T, bool kWide, int K> NF_DEVICE void collect_ahead(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing,
+                                                                   int early, Vector<T> (&batch)[K],
+                                                                   Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
     constexpr int V = vector_size<T>;
     ThreadMoments<T, kWide> own;
     const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);

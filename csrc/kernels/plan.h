@@ -1,7 +1,7 @@
 // How a call is run: a pure function of the problem and of the device's limits, testable without a GPU.
 //
-// Routes: single_pass where a block can hold its sets on chip between the two passes over them, else two_pass (a launch per pass).
-// Constants without a measurement behind them say so; the slab engine will replace the choice of owners.
+// Routes: single_pass where a block, a cluster or a group of blocks can hold its sets on chip between the two passes over them (wide sets
+// along rows; others: a block), else two_pass (a launch per pass). Constants without a measurement behind them say so.
 #pragma once
 
 #include <algorithm>
@@ -350,8 +350,8 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             const int together = at_once(at);
             const auto room = [&] { return memory(at) <= limits.shared_bytes_per_block && at_once(at) >= together; };
             if (sets > at.groups && w.resident == batches - 1) {
-                const int64_t left = std::min(limits.shared_bytes_per_block, limits.shared_bytes_per_processor / together - 1024) -
-                                     at.shared_bytes;
+                const int64_t left =
+                    std::min(limits.shared_bytes_per_block, limits.shared_bytes_per_processor / together - 1024) - at.shared_bytes;
                 w.spare = int(std::min<int64_t>(w.resident, std::max<int64_t>(0, left) / (int64_t(batch) * at.threads * vector_bytes)));
                 while (!room() && w.spare > 0) --w.spare;
                 memory(at);

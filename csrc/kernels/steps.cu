@@ -68,7 +68,9 @@ Workspace workspace(const Problem& p, Step step, const Needs& needs, const Plan&
             if (plan.settles) s.set_coefficients = 2 * p.sets();
             s.parameters_launch = needs.parameters && p.scope == Scope::sample_group;
         } else if (needs.parameters && p.scope != Scope::channel) {
-            s.entries = p.scope == Scope::sample_group ? p.N * (rows_of_channels ? w.vector_chunks : 1) : plan.columns_pass ? plan.columns_walk.chunks : plan.blocks;
+            s.entries = p.scope == Scope::sample_group ? p.N * (rows_of_channels ? w.vector_chunks : 1)
+                        : plan.columns_pass            ? plan.columns_walk.chunks
+                                                       : plan.blocks;
             s.channel_sums = 3 * s.entries * p.C;
             // one block can sum so many numbers in less time than another launch takes (unmeasured)
             s.finish = pool && !plan.columns_pass && s.entries * p.C <= 16384;
@@ -176,10 +178,10 @@ class Run {
 
     int operator()(Kernel kernel, const char* name) {
         const bool single = kernel == Kernel::single_pass || kernel == Kernel::grad_single_pass;
-        return launch_typed({kernel, plan.wide, plan.rows, uint32_t(plan.blocks), uint32_t(plan.threads), uint32_t(plan.shared_bytes), name,
-                             single && plan.owner == Owner::group,
-                             single && plan.owner == Owner::cluster ? uint32_t(plan.walk.chunks) : 1u},
-                            call, stream);
+        return launch_typed(
+            {kernel, plan.wide, plan.rows, uint32_t(plan.blocks), uint32_t(plan.threads), uint32_t(plan.shared_bytes), name,
+             single && plan.owner == Owner::group, single && plan.owner == Owner::cluster ? uint32_t(plan.walk.chunks) : 1u},
+            call, stream);
     }
     int small(Kernel kernel, const char* name, int64_t blocks, int threads) {
         const int offset = call.scratch_offset;
@@ -382,15 +384,17 @@ int describe(const Problem& problem, Step step, const Needs& needs, const Limits
     const Workspace space = workspace(problem, step, needs, plan, pool);
     const char* const routes[] = {"single_pass", "two_pass", "apply"};
     const char* const owners[] = {"block", "cluster", "group"};
-    return std::snprintf(
-        text, size_t(size),
-        "{\"route\": \"%s\", \"owner\": \"%s\", \"groups\": %d, \"sets\": \"%s\", \"channels\": \"%s\", \"blocks\": %lld, \"threads\": %d, \"team\": %d, \"teams\": %d, "
-        "\"steps\": %d, \"batch\": %d, \"resident\": %d, \"spare\": %d, \"slice\": %lld, \"chunks\": %lld, \"pieces\": %d, \"shared_bytes\": %d, "
-        "\"scratch_bytes\": %lld, \"arrivals\": %u, \"reads_of_x\": %.6g}",
-        routes[int(plan.route)], owners[int(plan.owner)], plan.groups, plan.wide ? "wide" : "narrow", plan.rows ? "rows" : "columns", (long long)plan.blocks, plan.threads,
-        plan.walk.team, plan.walk.teams, plan.walk.steps, plan.batch, plan.walk.resident, plan.walk.spare, (long long)plan.walk.slice,
-        (long long)plan.walk.chunks, plan.walk.vector_chunks, plan.shared_bytes, (long long)(space.numbers() * (problem.type == Type::float64 ? 8 : 4)),
-        space.arrivals, plan.read_x);
+    return std::snprintf(text, size_t(size),
+                         "{\"route\": \"%s\", \"owner\": \"%s\", \"groups\": %d, \"sets\": \"%s\", \"channels\": \"%s\", \"blocks\": %lld, "
+                         "\"threads\": %d, \"team\": %d, \"teams\": %d, "
+                         "\"steps\": %d, \"batch\": %d, \"resident\": %d, \"spare\": %d, \"slice\": %lld, \"chunks\": %lld, \"pieces\": "
+                         "%d, \"shared_bytes\": %d, "
+                         "\"scratch_bytes\": %lld, \"arrivals\": %u, \"reads_of_x\": %.6g}",
+                         routes[int(plan.route)], owners[int(plan.owner)], plan.groups, plan.wide ? "wide" : "narrow",
+                         plan.rows ? "rows" : "columns", (long long)plan.blocks, plan.threads, plan.walk.team, plan.walk.teams,
+                         plan.walk.steps, plan.batch, plan.walk.resident, plan.walk.spare, (long long)plan.walk.slice,
+                         (long long)plan.walk.chunks, plan.walk.vector_chunks, plan.shared_bytes,
+                         (long long)(space.numbers() * (problem.type == Type::float64 ? 8 : 4)), space.arrivals, plan.read_x);
 }
 
 }  // namespace normfused

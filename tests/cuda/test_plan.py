@@ -153,7 +153,7 @@ def check_legal(q: Question, launchable: bool = True) -> dict[str, Any]:
     assert at["per_row"] == _ceil(at["chunk_vectors"], at["team"]), at
     assert at["steps"] == _ceil(at["chunk_rows"], at["teams"]) * at["per_row"] >= 1, at
     least_chunks = _ceil(at["walk_rows"], at["chunk_rows"]) * at["vector_chunks"]
-    assert at["chunks"] == least_chunks or at["owner"] == CLUSTER and least_chunks <= at["chunks"] <= q.device[4], at
+    assert at["chunks"] == least_chunks or (at["owner"] == CLUSTER and least_chunks <= at["chunks"] <= q.device[4]), at
     assert at["vector_chunks"] * at["chunk_vectors"] >= at["row_vectors"] if at["wide"] else at["slices"] * at["slice"] >= at["cols"], at
     slabs = _ceil(at["outers"], at["sets_per_block"]) if at["wide"] else at["outers"] * at["slices"]
     assert at["units"] == slabs * at["chunks"] >= at["blocks"], at
@@ -171,7 +171,7 @@ def check_legal(q: Question, launchable: bool = True) -> dict[str, Any]:
 
 def check_owner(q: Question, at: dict[str, Any]) -> None:
     """Blocks that share a set: as many as there are chunks, and on the device at one time."""
-    processors, block_bytes, processor_bytes, threads, largest, spare = q.device
+    processors, _, processor_bytes, threads, largest, spare = q.device
     assert at["owner"] == BLOCK or (at["route"] == 0 and at["sets_per_block"] == 1 and at["chunks"] > 1), at
     if at["owner"] == BLOCK:
         assert at["route"] != 0 or at["chunks"] == 1, at
