@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import functional
 from .activations import ACTIVATIONS, TLU
+from .backends.cuda import set_spare_processors
 from .checks import ArgumentError, DeviceError, DTypeError, ShapeError
 from .dispatch import available_backends, backend, get_backend, set_backend
 from .explain import explain
@@ -46,4 +47,5 @@ __all__ = [
     "get_backend",
     "set_autocast_policy",
     "set_backend",
+    "set_spare_processors",
 ]

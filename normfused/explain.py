@@ -131,8 +131,13 @@ def _plan(backend: str, p: Problem | None) -> tuple[str, ...]:
         found = None if library is None else library.describe(p, step)
         if found is None:
             return ()
+        owner = ""
+        if found["owner"] == "cluster":
+            owner = f" a set to a cluster of {found['chunks']} blocks,"
+        elif found["owner"] == "group":
+            owner = f" a set to {found['chunks']} blocks that run together, {found['groups']} sets at a time,"
         lines.append(
-            f"{direction}: {found['route']}, {found['blocks']:,} blocks of {found['threads']} threads,"
+            f"{direction}: {found['route']},{owner} {found['blocks']:,} blocks of {found['threads']} threads,"
             f" {found['shared_bytes']:,} bytes of shared memory each, asks for x {found['reads_of_x']:g}x"
         )
     return tuple(lines)

@@ -20,7 +20,7 @@ import normfused as nf
 from normfused import dispatch
 from normfused.backends.cuda import _load
 
-ROUTES = {None: -1, "single_pass": 0, "two_pass": 1}
+ROUTES = {None: -1, "single_pass": 0, "two_pass": 1, "cluster": 2, "group": 3}
 KERNELS = {
     *("moments", "apply", "single_pass", "grad_moments", "grad_apply", "grad_single_pass", "settle", "grad_settle", "settle_sets"),
     *("grad_settle_sets", "grad_columns", "grad_parameters", "average_running", "count_batch"),
@@ -61,6 +61,11 @@ CALLS = [
     Call("batch, a launch per pass", lambda: nf.BatchNormAct2d(6, act="relu"), (3, 6, 33, 31), residual=True, route="two_pass"),
     Call("batch, channels last, on chip", lambda: nf.BatchNormAct2d(24, act="silu"), (2, 24, 8, 8), FP16, NHWC, True, "single_pass"),
     Call("batch, channels last, a launch per pass", lambda: nf.BatchNormAct2d(6, act="gelu"), (2, 6, 33, 31), FP32, NHWC, route="two_pass"),
+    Call("batch, by a cluster", lambda: nf.BatchNormAct2d(6, act="relu"), (8, 6, 33, 31), residual=True, route="cluster"),
+    Call("batch, by blocks together", lambda: nf.BatchNormAct2d(6, act="relu"), (8, 6, 33, 31), residual=True, route="group"),
+    Call("group, by a cluster", lambda: nf.GroupNormAct(2, 6, act="silu"), (2, 6, 65, 63), route="cluster"),
+    Call("group, by blocks together", lambda: nf.GroupNormAct(2, 6, act="silu"), (2, 6, 65, 63), FP32, route="group"),
+    Call("instance, few sets", lambda: nf.InstanceNormAct2d(2, act="relu", affine=True), (1, 2, 256, 256)),
     Call("group, on chip", lambda: nf.GroupNormAct(2, 6, act="silu"), (3, 6, 9, 5), route="single_pass"),
     Call("group, a launch per pass", lambda: nf.GroupNormAct(2, 6, act="silu"), (2, 6, 33, 31), route="two_pass"),
     Call("group, channels last", lambda: nf.GroupNormAct(2, 24, act="silu"), (3, 24, 8, 8), BF16, NHWC),

@@ -16,7 +16,7 @@ struct Interface {
     Requirements (*requirements)(const Problem&, Step, const Needs&, const Limits&, bool pool);
     int (*describe)(const Problem&, Step, const Needs&, const Limits&, bool pool, char* text, int size);
 };
-constexpr int interface_version = 1;
+constexpr int interface_version = 2;
 
 }  // namespace normfused
 

@@ -41,6 +41,8 @@ Limits limits_from(const Numbers& numbers) {
         else if (name == "shared_bytes_per_block") limits.shared_bytes_per_block = value;
         else if (name == "shared_bytes_per_processor") limits.shared_bytes_per_processor = value;
         else if (name == "threads_per_processor") limits.threads_per_processor = value;
+        else if (name == "largest_cluster") limits.largest_cluster = value;
+        else if (name == "spare_processors") limits.spare_processors = value;
         else throw py::value_error("limits: unknown name " + name);
     }
     return limits;
@@ -50,7 +52,9 @@ Numbers numbers_from(const Limits& limits) {
     return {{"processors", limits.processors},
             {"shared_bytes_per_block", limits.shared_bytes_per_block},
             {"shared_bytes_per_processor", limits.shared_bytes_per_processor},
-            {"threads_per_processor", limits.threads_per_processor}};
+            {"threads_per_processor", limits.threads_per_processor},
+            {"largest_cluster", limits.largest_cluster},
+            {"spare_processors", limits.spare_processors}};
 }
 
 struct Question {

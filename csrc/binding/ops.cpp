@@ -204,17 +204,18 @@ class Call {
         Device* device = device_at(place_.index, status);
         require(device != nullptr, op_, ": device ", place_.index, " does not answer: ", error_string(status));
         void* stream = current_stream(place_.index);
-        Requirements needed = requirements(problem, step, needs, device->limits, true);
+        const Limits limits = limits_now(*device);
+        Requirements needed = requirements(problem, step, needs, limits, true);
         if (needed.arrivals > 0) {
             args.arrivals = take_arrivals(*device, stream, needed.arrivals);
-            if (args.arrivals == nullptr) needed = requirements(problem, step, needs, device->limits, false);
+            if (args.arrivals == nullptr) needed = requirements(problem, step, needs, limits, false);
         }
         std::optional<Tensor> scratch;  // the caching allocator keeps it for this stream's later work
         if (needed.scratch_bytes > 0) {
             scratch = flat(static_cast<int64_t>(needed.scratch_bytes), aoti_torch_dtype_uint8());
             args.scratch = scratch->data_ptr();
         }
-        status = normfused::run(problem, step, needs, device->limits, args, stream);
+        status = normfused::run(problem, step, needs, limits, args, stream);
         require(status == ok, op_, ": ", error_string(status));
     }
 
@@ -401,11 +402,13 @@ Two grad_apply(const Tensor& dy, const Tensor& x, const Optional& residual, cons
     return {std::move(dx), std::move(dresidual)};
 }
 
+void set_spare_processors(int64_t count) { spare_processors(static_cast<int>(count)); }
+
 #ifdef NF_EMULATION
 void set_limits(int64_t processors, int64_t shared_bytes_per_block, int64_t shared_bytes_per_processor, int64_t threads_per_processor,
-                bool pool) {
+                int64_t largest_cluster, int64_t spare_processors, bool pool) {
     pretend({static_cast<int>(processors), static_cast<int>(shared_bytes_per_block), static_cast<int>(shared_bytes_per_processor),
-             static_cast<int>(threads_per_processor)},
+             static_cast<int>(threads_per_processor), static_cast<int>(largest_cluster), static_cast<int>(spare_processors)},
             pool);
 }
 #endif
@@ -435,10 +438,11 @@ NF_LIBRARY(NF_NAMESPACE, library) {
     library.def(
         "grad_apply(Tensor dy, Tensor x, Tensor? residual, Tensor mean, Tensor scale, Tensor shift, Tensor? act_weight,"
         " Tensor dz_scale, Tensor q, Tensor r, int code, float p0, float p1, int needs) -> (Tensor dx, Tensor dresidual)");
+    library.def("set_spare_processors(int count) -> ()");
 #ifdef NF_EMULATION
     library.def(
         "set_limits(int processors, int shared_bytes_per_block, int shared_bytes_per_processor, int threads_per_processor,"
-        " bool pool=True) -> ()");
+        " int largest_cluster=8, int spare_processors=0, bool pool=True) -> ()");
 #endif
 }
 
@@ -451,6 +455,9 @@ NF_IMPLEMENTATION(NF_NAMESPACE, NF_KEY, library) {
     library.impl("grad_apply", TORCH_BOX(&normfused::grad_apply));
 }
 
+NF_IMPLEMENTATION(NF_NAMESPACE, CompositeExplicitAutograd, library) {
+    library.impl("set_spare_processors", TORCH_BOX(&normfused::set_spare_processors));
 #ifdef NF_EMULATION
-NF_IMPLEMENTATION(NF_NAMESPACE, CompositeExplicitAutograd, library) { library.impl("set_limits", TORCH_BOX(&normfused::set_limits)); }
+    library.impl("set_limits", TORCH_BOX(&normfused::set_limits));
 #endif
+}

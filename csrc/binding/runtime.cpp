@@ -1,5 +1,8 @@
 #include "runtime.h"
 
+#include <algorithm>
+#include <atomic>
+
 #include "interface.h"
 
 #ifdef NF_EMULATION
@@ -7,7 +10,7 @@
 
 extern "C" {  // csrc/emulation/simt.h; weak, so that the build can be tested without it
 __attribute__((weak)) const char* nf_emulation_message();
-__attribute__((weak)) void nf_emulation_limits(int processors, int shared_bytes);
+__attribute__((weak)) void nf_emulation_limits(int processors, int shared_bytes, int shared_bytes_of_processor);
 }
 #else
 #include <cuda_runtime_api.h>
@@ -61,7 +64,8 @@ bool is_current(int) { return true; }
 
 void pretend(const Limits& limits, bool pool) {
     the_device().limits = limits;
-    if (nf_emulation_limits != nullptr) nf_emulation_limits(limits.processors, limits.shared_bytes_per_block);
+    if (nf_emulation_limits != nullptr)
+        nf_emulation_limits(limits.processors, limits.shared_bytes_per_block, limits.shared_bytes_per_processor);
     pool_is_empty = !pool;
 }
 
@@ -99,6 +103,10 @@ int ask_limits(int index, Limits& limits) {
         const cudaError_t status = cudaDeviceGetAttribute(q.answer, q.attribute, index);
         if (status != cudaSuccess) return status;
     }
+    int clusters = 0;
+    const cudaError_t status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, index);
+    if (status != cudaSuccess) return status;
+    if (!clusters) limits.largest_cluster = 1;
     return ok;
 }
 
@@ -155,9 +163,11 @@ const char* error_string(int status) {
 #endif
 
 namespace {
+std::atomic<int> spare{0};
+
 int limits_of(int index, Limits* limits) {
     int status = ok;
-    if (const Device* device = device_at(index, status)) *limits = device->limits;
+    if (const Device* device = device_at(index, status)) *limits = limits_now(*device);
     return status;
 }
 
@@ -165,6 +175,14 @@ const Interface interface{
     interface_version, NF_ARCHITECTURES, runtime_version, driver_version, error_string, limits_of, requirements, describe,
 };
 }  // namespace
+
+Limits limits_now(const Device& device) {
+    Limits limits = device.limits;
+    limits.spare_processors = std::max(limits.spare_processors, std::min(spare.load(std::memory_order_relaxed), limits.processors - 1));
+    return limits;
+}
+
+void spare_processors(int count) { spare = count; }
 
 }  // namespace normfused
 

@@ -21,6 +21,10 @@ uint32_t* take_arrivals(Device& device, void* stream, uint32_t words);
 // Whether `index` is the current device of this thread: then torch's guard, which allocates, is not needed.
 bool is_current(int index);
 
+// The device's limits, with the processors that cooperative launches are to leave alone
+Limits limits_now(const Device& device);
+void spare_processors(int count);
+
 const char* error_string(int status);
 
 #ifdef NF_EMULATION

@@ -120,7 +120,7 @@ void* prepare(size_t slot) {
 // -------------------------------------------------------------------------------------------------------------- what a launch is of
 
 struct Segment {  // the accesses of a thread between two barriers
-    uint32_t thread, warp_epoch, block_epoch, cluster_epoch, grid_epoch;
+    uint32_t thread, warp_epoch, block_epoch, cluster_epoch;
 };
 struct Cell {  // the last accesses of some bytes, by segment; 0: none
     uint32_t writer = 0, reader = 0, other_reader = 0;
@@ -209,7 +209,7 @@ struct Block {
     uint32_t epoch = 0;
     uint32_t* word = nullptr;
     unsigned parties = 0;
-    const void* origin = nullptr;
+    bool leads = false;
     std::vector<Warp> warps;
     std::vector<Thread> threads;
     char* shared = nullptr;
@@ -230,6 +230,11 @@ struct Cluster {
     size_t slot = 0;
 };
 
+struct Meeting {  // of blocks at a word
+    std::vector<Block*> blocks;
+    unsigned parties = 0, leaders = 0;
+};
+
 struct Memory {  // requests to shared memory
     long long requests = 0, wavefronts = 0, least = 0;
 };
@@ -241,7 +246,7 @@ static struct {
     unsigned seed = 0;
     bool races = false, traffic = false;
     bool launching = true;
-    int processors = 132, shared_limit = 232448;
+    int processors = 132, shared_limit = 232448, shared_of_processor = 233472;
     std::string skip_file;
     int skip_line = 0;
     // the launch
@@ -252,9 +257,9 @@ static struct {
     std::vector<Warp*> by_rank;
     std::vector<unsigned> ranks;  // of the warps of all slots
     bool any_rank;  // whether the next warp is to be chosen anew
-    unsigned arrived = 0, exited = 0;  // blocks, at the grid's barrier or gone
-    uint32_t* grid_word;
-    uint32_t grid_epoch;
+    unsigned exited = 0;  // blocks
+    std::unordered_map<uint32_t*, Meeting> meetings;
+    std::vector<uint32_t*> words;  // of arrivals so far
     unsigned finished;                 // resident clusters of which all threads have left
     bool fault;
     std::mt19937 random;
@@ -365,8 +370,7 @@ uint32_t segment_of(Thread& thread) {
     const Warp& warp = *thread.warp;
     if (thread.segment == 0 || thread.segment_epoch != warp.epoch) {
         const Block& block = *thread.block;
-        machine.segments.push_back(
-            {block.index * grid.threads + thread.index, warp.epoch, block.epoch, block.cluster->epoch, machine.grid_epoch});
+        machine.segments.push_back({block.index * grid.threads + thread.index, warp.epoch, block.epoch, block.cluster->epoch});
         thread.segment = static_cast<uint32_t>(machine.segments.size() - 1);
         thread.segment_epoch = warp.epoch;
     }
@@ -387,7 +391,6 @@ bool ordered(uint32_t earlier, const Thread& thread) {
     const unsigned other = segment.thread / grid.threads;
     if (other == block.index)
         return block.epoch > segment.block_epoch || (same_warp(segment.thread, self) && thread.warp->epoch > segment.warp_epoch);
-    if (machine.grid_epoch > segment.grid_epoch) return true;
     if (other / grid.cluster == block.index / grid.cluster && block.cluster->epoch > segment.cluster_epoch) return true;
     auto seen = block.acquired.find(other);
     return seen != block.acquired.end() && seen->second > segment.block_epoch;
@@ -800,13 +803,6 @@ template <class Complete> void meet_in_block(const char* what, Site site, Comple
     wait(what, site);
 }
 
-void release_grid() {
-    machine.arrived = 0;
-    ++machine.grid_epoch;
-    machine.grid_word = nullptr;
-    for (auto& cluster : machine.resident) release(*cluster);
-}
-
 void merge(Clock& clock, const Clock& other) {
     for (auto& entry : other) {
         uint32_t& epoch = clock[entry.first];
@@ -866,20 +862,43 @@ void sync_cluster(Site site) {
     });
 }
 
-void sync_grid(const void* origin, uint32_t* word, Site site) {
-    static const char what[] = "sync_grid";
+void sync_blocks(const void* origin, uint32_t* word, unsigned parties, bool leads, Site site) {
+    static const char what[] = "sync_blocks";
     if (skipped(what, site)) return;
-    if (!grid.cooperative) fault(site, "sync_grid in a launch that is not cooperative");
+    Block& mine = *current->block;
+    if (!grid.cooperative) fault(site, "sync_blocks in a launch that is not cooperative");
+    if (parties == 0 || parties > grid.blocks) fault(site, format("sync_blocks of %u of %u blocks", parties, grid.blocks));
     checked_tensor(origin, word, 4, 4, 4, Touch::write, site);
+    if (mine.arrived && (mine.word != word || mine.parties != parties || mine.leads != leads))
+        fault(site, "sync_blocks with another word, number of parties or leader than the block's other threads");
+    mine.word = word;
+    mine.parties = parties;
+    mine.leads = leads;
     meet_in_block(what, site, [=](Block& block) {
-        if (machine.exited) fault(site, format("sync_grid, but %u blocks have exited", machine.exited));
-        if (!machine.grid_word) {
-            machine.grid_word = word;
-            if (*word & ~arrival_sense) fault(site, format("sync_grid on a word that is not at rest: 0x%x", *word));
+        Meeting& meeting = machine.meetings[word];
+        if (meeting.blocks.empty()) {
+            if (*word & ~arrival_sense) fault(site, format("sync_blocks on a word that is not at rest: 0x%x", *word));
+            meeting.parties = parties;
+            meeting.leaders = 0;
         }
-        if (machine.grid_word != word) fault(site, "sync_grid on another word than the other blocks'");
-        *word += block.index == 0 ? arrival_sense - (grid.blocks - 1) : 1;
-        if (++machine.arrived == grid.blocks) release_grid();
+        if (meeting.parties != parties) fault(site, format("sync_blocks of %u and of %u blocks on one word", meeting.parties, parties));
+        if (leads && meeting.leaders++) fault(site, "sync_blocks with two leaders");
+        machine.words.push_back(word);
+        *word += leads ? arrival_sense - (parties - 1) : 1;
+        meeting.blocks.push_back(&block);
+        if (meeting.blocks.size() < parties) return;
+        if (meeting.leaders == 0) fault(site, "sync_blocks without a leader");
+        std::vector<Block*> met;
+        met.swap(meeting.blocks);
+        Clock together;
+        for (Block* b : met) {
+            release(*b);
+            if (!machine.races) continue;
+            merge(together, b->acquired);
+            together[b->index] = b->epoch;
+        }
+        if (machine.races)
+            for (Block* b : met) merge(b->acquired, together);
     });
 }
 
@@ -896,6 +915,7 @@ bool last_to_arrive(const void* origin, uint32_t* word, unsigned parties, Site s
         if (before >= parties)
             fault(site, format("last_to_arrive of %u parties on a word that is not at rest or had more: 0x%x", parties, *word));
         b.result = before == parties - 1;
+        machine.words.push_back(word);
         *word = (*word & arrival_sense) | (b.result ? 0 : before + 1);
         release(b);
         if (!machine.races) return;
@@ -957,6 +977,10 @@ void copy_async(const View& to, const void* origin, const void* from, Site site)
     Copy copy = start_copy(to, origin, from, site);
     if (machine.traffic) count_access(copy.tensor, false, from, copy.bytes, site);
     Asynchronous& mine = asynchronous();
+    for (const Copy& other : mine.in)
+        if (copy.to < other.to + other.bytes && other.to < copy.to + copy.bytes)
+            fault(site, format("copy to byte %d of shared memory, into which the copy at %s is not awaited",
+                               int(copy.to - current->block->shared), at(other.site).c_str()));
     copy.group = mine.in_groups;
     mine.in.push_back(copy);
 }
@@ -1083,11 +1107,9 @@ void leave() {
     if (++block.exited < grid.threads) return;
     for (const Bulk& bulk : block.bulks)
         for (const Copy& copy : bulk.copies) fault(copy.site, "the block exits before this copy was awaited");
-    if (cluster.arrived || machine.arrived)
-        for (auto& other : machine.resident)
-            for (Block& waiting : other->blocks)
-                if (waiting.arrived && (machine.arrived || waiting.cluster == &cluster))
-                    fault(waiting.site, format("block %u exits while others wait in %s", block.index, waiting.what));
+    if (cluster.arrived)
+        for (Block& waiting : cluster.blocks)
+            if (waiting.arrived) fault(waiting.site, format("block %u exits while others wait in %s", block.index, waiting.what));
     ++machine.exited;
     if (++cluster.exited == grid.cluster) ++machine.finished;
 }
@@ -1233,7 +1255,7 @@ void add_up() {
 // Blocks that a device holds at a time
 int64_t capacity() {
     const int64_t by_threads = 2048 / ((grid.threads + 31) / 32 * 32);
-    const int64_t by_shared = (machine.shared_limit + 1024) / (grid.shared_bytes + 1024);  // the system takes 1 KB a block
+    const int64_t by_shared = machine.shared_of_processor / (grid.shared_bytes + 1024);  // the system takes 1 KB a block
     return machine.processors * std::min<int64_t>({by_threads, by_shared, 32});
 }
 
@@ -1300,9 +1322,9 @@ int launch(const LaunchConfig& config, bool impossible, void (*call)(const void*
     watching = machine.races || machine.traffic;
     machine.call = call;
     machine.kernel_and_arguments = kernel_and_arguments;
-    machine.arrived = machine.exited = machine.finished = 0;
-    machine.grid_word = nullptr;
-    machine.grid_epoch = 0;
+    machine.exited = machine.finished = 0;
+    machine.meetings.clear();
+    machine.words.clear();
     machine.random.seed(machine.seed + static_cast<unsigned>(machine.launches));
     machine.segments.assign(2, Segment{});
     machine.released.clear();
@@ -1318,7 +1340,9 @@ int launch(const LaunchConfig& config, bool impossible, void (*call)(const void*
         tensor->shadow.granule = 0;
         tensor->asked = Asked();
     }
-    return machine.fault ? failed : 0;
+    if (!machine.fault) return 0;
+    for (uint32_t* word : machine.words) *word &= arrival_sense;  // or the next launch would be blamed
+    return failed;
 }
 
 const char* message() { return machine.text.c_str(); }
@@ -1360,9 +1384,10 @@ void nf_emulation_order(int order, unsigned seed) {
 void nf_emulation_races(int on) { machine.races = on != 0; }
 void nf_emulation_traffic(int on) { machine.traffic = on != 0; }
 void nf_emulation_launches(int on) { machine.launching = on != 0; }
-void nf_emulation_limits(int processors, int shared_bytes) {
+void nf_emulation_limits(int processors, int shared_bytes, int shared_bytes_of_processor) {
     machine.processors = processors;
     machine.shared_limit = shared_bytes;
+    machine.shared_of_processor = shared_bytes_of_processor;
 }
 void nf_emulation_reset() {
     machine.text.clear();

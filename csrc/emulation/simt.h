@@ -61,7 +61,7 @@ void sync_warp(Site site);
 void sync_block(Site site);
 bool any_in_block(bool value, Site site);
 void sync_cluster(Site site);
-void sync_grid(const void* origin, uint32_t* word, Site site);
+void sync_blocks(const void* origin, uint32_t* word, unsigned parties, bool leads, Site site);
 bool last_to_arrive(const void* origin, uint32_t* word, unsigned parties, Site site);
 uint64_t shuffle(uint64_t bits, unsigned source, Site site);
 
@@ -96,7 +96,8 @@ void nf_emulation_order(int order, unsigned seed);
 void nf_emulation_races(int on);    // also: shared memory that nobody wrote, copies not awaited
 void nf_emulation_traffic(int on);  // count what is asked of memory
 void nf_emulation_launches(int on);  // 0: launches return at once, to time what surrounds them
-void nf_emulation_limits(int processors, int shared_bytes);  // of the device; a cooperative grid must fit into it
+// Of the device: processors, shared bytes that a block may have, and that a processor has. A cooperative grid must fit into them.
+void nf_emulation_limits(int processors, int shared_bytes, int shared_bytes_of_processor);
 void nf_emulation_reset();          // forgets the message, counters and sites; modes and skipped sites stay
 const char* nf_emulation_message();  // of the last fault since reset, or ""
 

@@ -7,7 +7,7 @@
 // moments_kernel by every block that needs them, or settled already, or the running ones; or scale and shift are given per (n, c).
 #pragma once
 
-#include "moments.cuh"
+#include "owners.cuh"
 
 namespace normfused {
 
@@ -98,7 +98,8 @@ NF_DEVICE void finish_sets(const Call& call, const Slab<T, kWide>& slab, const M
     using A = AccumulatorOf<T>;
     const bool stores = slab.chunk == 0;  // of all slabs that know the set
     if constexpr (kWide) {
-        const Moments<A> sum = over_wide_set(call, slab, gather ? gather_partials<T, Moments<A>>(call, slab) : m[0]);
+        Moments<A> sum = over_wide_set(call, slab, gather ? gather_partials<T, Moments<A>>(call, slab) : m[0]);
+        if (!gather) sum = over_owners(call, slab, sum);
         c.mean[0] = c.rstd[0] = A(0);
         if (slab.live) {
             const Statistics<A> s = finish_set(call, slab.outer, sum, stores && slab.speaks(), batches_before);
@@ -174,26 +175,24 @@ NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const 
         pack_part<T>(z, part, y);
     }
     if (t.mask) Global<uint8_t>(t.mask).store(slab.mask_at(call.walk, cursor), uint8_t(bits));
-    slab.store(t.y, spot, y);
+    slab.store(t.y, spot, y, call.streams ? Cache::evict_first : Cache::normal);
 }
 
 // The second pass over a slab, backwards. ``held``: the first pass was in this kernel and left the last batch in registers.
-template <class T, bool kWide, bool kRows, int kAct, int K> NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab,
-                                                                                      bool held, Vector<T> (&batch)[K],
-                                                                                      Coefficients<T, kWide, kRows>& c) {
+template <class T, bool kWide, bool kRows, int kAct, int K>
+NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, bool held, Vector<T> (&batch)[K],
+                          Coefficients<T, kWide, kRows>& c) {
     const Arguments& t = call.tensors;
     const ResidualMode mode = call.problem.residual_mode;
     const bool adds = mode == ResidualMode::pre_act || mode == ResidualMode::post_act;
     const void* source = mode == ResidualMode::pre_norm ? t.h : t.x;
-    const int batches = (slab.steps + K - 1) / K;
-    auto cursor = slab.after(batches * K);
+    auto cursor = slab.after((landing.last + 1) * K);
     NF_NO_UNROLL
-    for (int b = batches - 1; b >= 0; --b) {
+    for (int b = landing.last; b >= 0; --b) {
         typename Slab<T, kWide>::Cursor cursors[K];
         Spot spots[K];
         slab.previous(cursor, cursors, spots);
-        recall<T, kWide, K>(call, slab, b, held ? batches : batches + 1, spots, source, kWide != kRows && mode == ResidualMode::pre_norm,
-                            batch);
+        recall(slab, landing, held, b, spots, source, kWide != kRows && mode == ResidualMode::pre_norm, batch);
         Vector<T> residual[K] = {};
         if (adds) {
             NF_UNROLL
@@ -230,7 +229,7 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
     }
     c.renew(call, slab);
     Vector<T> batch[forward_batch];
-    apply_slab<T, kWide, kRows, kAct, forward_batch>(call, slab, false, batch, c);
+    apply_slab<T, kWide, kRows, kAct>(call, slab, Landing<forward_batch>(call, slab.steps), false, batch, c);
 }
 
 }  // namespace normfused

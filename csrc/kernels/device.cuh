@@ -31,6 +31,7 @@
 #define NF_KERNEL(max_threads) void
 #define NF_GRID_CONSTANT const
 #define NF_UNROLL
+#define NF_UNROLL_4
 #define NF_NO_UNROLL
 #define NF_ON_DEVICE(...)
 #define NF_EMULATED(...) __VA_ARGS__
@@ -43,6 +44,7 @@
 #define NF_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
 #define NF_GRID_CONSTANT const __grid_constant__
 #define NF_UNROLL _Pragma("unroll")
+#define NF_UNROLL_4 _Pragma("unroll 4")
 #define NF_NO_UNROLL _Pragma("unroll 1")
 #define NF_ON_DEVICE(...) __VA_ARGS__
 #define NF_EMULATED(...)
@@ -88,6 +90,8 @@ enum class Cache { normal, evict_first, evict_last };  // evict_last: of 16-byte
 namespace normfused {
 
 constexpr uint32_t max_threads_of_block = 1024, max_blocks_of_cluster = 8;
+
+constexpr int too_large_to_be_cooperative = 720;  // cudaErrorCooperativeLaunchTooLarge, of launch()
 
 // Whether no device would take this launch
 inline bool impossible(const LaunchConfig& config) {
@@ -259,6 +263,20 @@ NF_DEVICE unsigned long long evict_last_policy() {
     unsigned long long policy;
     asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
     return policy;
+}
+NF_DEVICE unsigned long long evict_first_policy() {
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+NF_DEVICE void copy_async(unsigned to, const void* from, Cache cache) {
+    if (cache == Cache::normal) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
+    } else {
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+                     "l"(cache == Cache::evict_first ? evict_first_policy() : evict_last_policy())
+                     : "memory");
+    }
 }
 NF_DEVICE uint4 load_evict_last(const uint4* p) {
     uint4 v;
@@ -521,28 +539,30 @@ NF_DEVICE void sync_cluster(Site site = Site::here()) {
 }
 
 // An arrival word is at rest when its low 31 bits are zero; a barrier or a count of arrivals starts from and leaves it so. The top bit
-// is the sense of the grid's barrier: it flips with each, so that one atomic per block does, and nobody needs to reset anything.
+// is the sense of a barrier of blocks: it flips with each, so that one atomic per block does, and nobody needs to reset anything.
 constexpr uint32_t arrival_sense = 0x80000000u;
 
-// Of a cooperative launch. One word for the grid, the same for all blocks; the same or another one may serve the next barrier.
-NF_DEVICE void sync_grid(Global<uint32_t> words, Site site = Site::here()) {
+// Of a cooperative launch: among ``parties`` blocks that come with the same word, which is at rest before the launch. ``leads`` is true in
+// exactly one of them. The same word may serve their next barrier, and other blocks meet at other words meanwhile.
+NF_DEVICE void sync_blocks(Global<uint32_t> word, unsigned parties, bool leads, Site site = Site::here()) {
     (void)site;
-    NF_EMULATED(simt::sync_grid(Machine::origin(words), Machine::pointer(words), site);)
+    NF_EMULATED(simt::sync_blocks(Machine::origin(word), Machine::pointer(word), parties, leads, site);)
 #ifndef NF_EMULATION
     __syncthreads();
     if (threadIdx.x == 0) {
-        uint32_t* word = Machine::pointer(words);
+        uint32_t* arrived = Machine::pointer(word);
         __threadfence();
-        const uint32_t before = atomicAdd(word, blockIdx.x == 0 ? arrival_sense - (gridDim.x - 1) : 1u);
+        const uint32_t before = atomicAdd(arrived, leads ? arrival_sense - (parties - 1) : 1u);
         uint32_t now;
         do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(__cvta_generic_to_global(word)) : "memory");
+            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(__cvta_generic_to_global(arrived)) : "memory");
         } while (((now ^ before) & arrival_sense) == 0);
         __threadfence();
     }
     __syncthreads();
 #endif
 }
+NF_DEVICE void sync_grid(Global<uint32_t> word, Site site = Site::here()) { sync_blocks(word, grid_blocks(), block_index() == 0, site); }
 
 // Called by all threads of ``parties`` blocks with the same word: true, for all threads, in the block that comes last. It sees by
 // load_coherent what the others wrote before they came, and the word is at rest again.
@@ -598,12 +618,12 @@ template <class T> NF_DEVICE T shuffle(T value, unsigned source_lane, Site site 
 // ------------------------------------------------------------------------------------------------------------- asynchronous copies
 
 // 16 bytes from global to shared memory by the calling thread, which may read them after copy_async_wait(), the block after a barrier
-template <int N, class T, class S> NF_DEVICE void copy_async(Shared<T> to, int i, Global<S> from, int64_t j, Site site = Site::here()) {
+template <int N, class T, class S>
+NF_DEVICE void copy_async(Shared<T> to, int i, Global<S> from, int64_t j, Cache cache = Cache::normal, Site site = Site::here()) {
     static_assert(std::is_same<T, std::remove_const_t<S>>::value, "one type");
     static_assert(N * sizeof(T) == 16, "16 bytes");
-    (void)site;
-    NF_ON_DEVICE(asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(raw::shared_address(Machine::pointer(to) + i)),
-                              "l"(__cvta_generic_to_global(Machine::pointer(from) + j)) : "memory");)
+    (void)site, (void)cache;
+    NF_ON_DEVICE(raw::copy_async(raw::shared_address(Machine::pointer(to) + i), Machine::pointer(from) + j, cache);)
     NF_EMULATED(simt::copy_async({Machine::pointer(to), i, N, to.count(), int(sizeof(T))}, Machine::origin(from),
                                  Machine::pointer(from) + j, site);)
 }

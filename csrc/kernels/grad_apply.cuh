@@ -82,6 +82,7 @@ NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Su
                                    !gather      ? sets[0]
                                    : of_channel ? gather_partials<T, Value>(call, slab)
                                                 : gather_rows<T, kSums>(call, slab));
+        if (!gather) sums = over_owners(call, slab, sums);
         if (!slab.live) return;
         if (of_channel) join_weight(call, slab, slab.outer, slab.channel0, stores && slab.speaks(), sums);
         const Pair<A> pair = finish_gradient(call, slab.outer, sums);
@@ -142,27 +143,26 @@ NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, c
         }
         pack_part<T>(lanes.dz, part, dx);
     }
-    if (t.dresidual) slab.store(t.dresidual, spot, dresidual);
-    if (t.dx) slab.store(t.dx, spot, dx);
+    const Cache cache = call.streams ? Cache::evict_first : Cache::normal;
+    if (t.dresidual) slab.store(t.dresidual, spot, dresidual, cache);
+    if (t.dx) slab.store(t.dx, spot, dx, cache);
 }
 
 // The second pass of a backward over a slab, backwards
 template <class T, bool kWide, bool kRows, int kAct, int K>
-NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, bool held, GradientBatch<T, K>& batch,
-                               Coefficients<T, kWide, kRows>& c, const GradientCoefficients<T, kWide>& g) {
+NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, bool held,
+                               GradientBatch<T, K>& batch, Coefficients<T, kWide, kRows>& c, const GradientCoefficients<T, kWide>& g) {
     const Arguments& t = call.tensors;
     if (!t.dx && !t.dresidual) return;
-    const GradientStash<T, K> stash(call);
-    const int batches = (slab.steps + K - 1) / K;
-    auto cursor = slab.after(batches * K);
+    const GradientStash<T, K> stash(call, landing);
+    auto cursor = slab.after((landing.last + 1) * K);
     NF_NO_UNROLL
-    for (int b = batches - 1; b >= 0; --b) {
+    for (int b = landing.last; b >= 0; --b) {
         typename Slab<T, kWide>::Cursor cursors[K];
         Spot spots[K];
         slab.previous(cursor, cursors, spots);
-        if (!held || b + 1 < batches) {
-            const int kept = b - (batches - 1 - stash.resident);
-            if (held && kept >= 0) stash.recall(kept, batch);
+        if (!held || b < landing.last) {
+            if (held && landing.stays(b)) stash.recall(b, batch);
             else load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
         }
         Vector<T> dh[K] = {};
@@ -196,7 +196,7 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
     saved_statistics<T, kWide, kRows>(call, slab, c);
     c.renew(call, slab);
     GradientBatch<T, gradient_batch> batch;
-    grad_apply_slab<T, kWide, kRows, kAct, gradient_batch>(call, slab, false, batch, c, g);
+    grad_apply_slab<T, kWide, kRows, kAct>(call, slab, Landing<gradient_batch>(call, slab.steps), false, batch, c, g);
 }
 
 }  // namespace normfused

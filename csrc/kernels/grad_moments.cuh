@@ -185,70 +185,145 @@ NF_DEVICE void end_row(const Call& call, const Slab<T, kWide>& slab, const Spot&
 // The stash of the first pass: x, dy, then the residual or the bits
 template <class T, int K> struct GradientStash {
     static constexpr int V = vector_size<T>;
-    int resident, threads;
+    const Landing<K>& landing;
     bool residual, mask;
 
-    NF_DEVICE GradientStash(const Call& call)
-        : resident(call.walk.resident),
-          threads(int(block_threads())),
-          residual(call.tensors.residual != nullptr),
-          mask(call.tensors.mask != nullptr) {}
-    NF_DEVICE int vectors() const { return resident * K * threads; }
-    NF_DEVICE Shared<T> of(int tensor) const { return shared_at<T>(tensor * vectors() * 16, vectors() * V); }
-    NF_DEVICE Shared<uint8_t> bits() const { return shared_at<uint8_t>(2 * vectors() * 16, vectors()); }
-    NF_DEVICE int slot(int kept, int k) const { return (kept * K + k) * threads + int(thread_index()); }
+    NF_DEVICE GradientStash(const Call& call, const Landing<K>& landing_)
+        : landing(landing_), residual(call.tensors.residual != nullptr), mask(call.tensors.mask != nullptr) {}
+    NF_DEVICE Shared<T> of(int tensor) const { return shared_at<T>(tensor * landing.vectors() * 16, landing.vectors() * V); }
+    NF_DEVICE Shared<uint8_t> bits() const { return shared_at<uint8_t>(2 * landing.vectors() * 16, landing.vectors()); }
 
-    NF_DEVICE void keep(int kept, const GradientBatch<T, K>& batch) const {
+    NF_DEVICE void keep(int b, const GradientBatch<T, K>& batch) const {
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
-            of(0).template store<V>(slot(kept, k) * V, batch.x[k]);
-            of(1).template store<V>(slot(kept, k) * V, batch.dy[k]);
-            if (residual) of(2).template store<V>(slot(kept, k) * V, batch.residual[k]);
-            if (mask) bits().set(slot(kept, k), batch.bits[k]);
+            const int slot = landing.slot(b, k);
+            of(0).template store<V>(slot * V, batch.x[k]);
+            of(1).template store<V>(slot * V, batch.dy[k]);
+            if (residual) of(2).template store<V>(slot * V, batch.residual[k]);
+            if (mask) bits().set(slot, batch.bits[k]);
         }
     }
-    NF_DEVICE void recall(int kept, GradientBatch<T, K>& batch) const {
+    // The bits of a batch that passes are not there
+    NF_DEVICE void recall(int b, GradientBatch<T, K>& batch) const {
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
-            batch.x[k] = of(0).template load<V>(slot(kept, k) * V);
-            batch.dy[k] = of(1).template load<V>(slot(kept, k) * V);
-            if (residual) batch.residual[k] = of(2).template load<V>(slot(kept, k) * V);
-            if (mask) batch.bits[k] = bits().get(slot(kept, k));
+            const int slot = landing.slot(b, k);
+            batch.x[k] = of(0).template load<V>(slot * V);
+            batch.dy[k] = of(1).template load<V>(slot * V);
+            if (residual) batch.residual[k] = of(2).template load<V>(slot * V);
+            if (mask && landing.stays(b)) batch.bits[k] = bits().get(slot);
         }
     }
 };
 
+// Adds the next batch of the walk to the sums
+template <class T, bool kWide, bool kRows, int kAct, int K>
+NF_DEVICE void add_gradient_batch(const Call& call, const Slab<T, kWide>& slab, int64_t unit, Coefficients<T, kWide, kRows>& c,
+                                  const typename Slab<T, kWide>::Cursor (&cursors)[K], const Spot (&spots)[K],
+                                  const GradientBatch<T, K>& batch,
+                                  Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>],
+                                  Sums<AccumulatorOf<T>, gradient_sums<kAct>>& row) {
+    using A = AccumulatorOf<T>;
+    NF_UNROLL
+    for (int k = 0; k < K; ++k) {
+        if (!spots[k].empty()) {
+            c.turn_to(call, slab, spots[k]);
+            NF_UNROLL
+            for (int part = 0; part < vector_size<T>; part += part_size<T, kAct>) {
+                GradientLanes<A, part_size<T, kAct>> lanes;
+                gradient_lanes<T, kWide, kRows, kAct, K>(call, c, batch, k, part, lanes);
+                add_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, c, lanes, part, slab, spots[k], sets, row);
+            }
+        }
+        if (kRows && slab.row_ends(cursors[k])) end_row<T, kWide, kRows, gradient_sums<kAct>>(call, slab, spots[k], unit, c, sets, row);
+    }
+}
+
 // The first pass of a backward over a slab
 template <class T, bool kWide, bool kRows, int kAct, int K>
-NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, int64_t unit, Coefficients<T, kWide, kRows>& c,
-                                 GradientBatch<T, K>& batch, Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>]) {
-    using A = AccumulatorOf<T>;
-    const GradientStash<T, K> stash(call);
-    const int batches = (slab.steps + K - 1) / K;
-    Sums<A, gradient_sums<kAct>> row;
+NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, int64_t unit,
+                                 Coefficients<T, kWide, kRows>& c, GradientBatch<T, K>& batch,
+                                 Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>]) {
+    const GradientStash<T, K> stash(call, landing);
+    Sums<AccumulatorOf<T>, gradient_sums<kAct>> row;
     auto cursor = slab.start();
     NF_NO_UNROLL
-    for (int b = 0; b < batches; ++b) {
+    for (int b = 0; b <= landing.last; ++b) {
         typename Slab<T, kWide>::Cursor cursors[K];
         Spot spots[K];
         slab.next(cursor, cursors, spots);
         load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
+        add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, batch, sets, row);
+        if (landing.stays(b)) stash.keep(b, batch);
+    }
+}
+
+// Asks for batch b of the walk that ``cursor`` is at, all but its bits
+template <class T, bool kWide, int K> NF_DEVICE void ask_gradients(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing,
+                                                                   typename Slab<T, kWide>::Cursor& cursor, int b) {
+    const Arguments& t = call.tensors;
+    if (b < landing.last) {
+        const GradientStash<T, K> stash(call, landing);
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
-            if (!spots[k].empty()) {
-                c.turn_to(call, slab, spots[k]);
-                NF_UNROLL
-                for (int part = 0; part < vector_size<T>; part += part_size<T, kAct>) {
-                    GradientLanes<A, part_size<T, kAct>> lanes;
-                    gradient_lanes<T, kWide, kRows, kAct, K>(call, c, batch, k, part, lanes);
-                    add_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, c, lanes, part, slab, spots[k], sets, row);
-                }
-            }
-            if (kRows && slab.row_ends(cursors[k])) end_row<T, kWide, kRows, gradient_sums<kAct>>(call, slab, spots[k], unit, c, sets, row);
+            const Spot spot = slab.spot(cursor);
+            const int at = landing.slot(b, k) * vector_size<T>;
+            slab.advance(cursor);
+            slab.fetch(t.x, spot, stash.of(0), at, landing.cache(b));
+            slab.fetch(t.dy, spot, stash.of(1), at, landing.cache(b));
+            if (t.residual) slab.fetch(t.residual, spot, stash.of(2), at, landing.cache(b));
         }
-        const int kept = b - (batches - 1 - stash.resident);
-        if (kept >= 0 && b + 1 < batches) stash.keep(kept, batch);
     }
+    copy_async_commit();
+}
+
+// The same with loads ahead (owners.cuh). The mask has a byte where an asynchronous copy takes four: its bytes are read before the batches
+// are waited for, those of batches that pass with the batch.
+template <class T, bool kWide, bool kRows, int kAct, int K>
+NF_DEVICE void collect_gradients_ahead(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, int early, int64_t unit,
+                                       Coefficients<T, kWide, kRows>& c, GradientBatch<T, K>& batch,
+                                       Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>]) {
+    using Cursor = typename Slab<T, kWide>::Cursor;
+    const Arguments& t = call.tensors;
+    const GradientStash<T, K> stash(call, landing);
+    const int last = landing.last;
+    Sums<AccumulatorOf<T>, gradient_sums<kAct>> row;
+    auto asked = slab.after(early * K);
+    NF_NO_UNROLL
+    for (int b = early; b < landing.ahead; ++b) ask_gradients(call, slab, landing, asked, b);
+    auto cursor = slab.after(last * K);
+    Cursor cursors[K];
+    Spot spots[K];
+    slab.next(cursor, cursors, spots);
+    load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
+    const auto bits_of = [&](const Cursor& at) {
+        return slab.spot(at).empty() ? uint8_t(0) : Global<const uint8_t>(t.mask).load(slab.mask_at(call.walk, at));
+    };
+    if (t.mask) {
+        cursor = slab.after(landing.passing * K);
+        NF_UNROLL_4
+        for (int b = landing.passing; b < last; ++b) {
+            NF_UNROLL
+            for (int k = 0; k < K; ++k) {
+                stash.bits().set(landing.slot(b, k), bits_of(cursor));
+                slab.advance(cursor);
+            }
+        }
+    }
+    cursor = slab.start();
+    NF_NO_UNROLL
+    for (int b = 0; b < last; ++b) {
+        slab.next(cursor, cursors, spots);
+        GradientBatch<T, K> now;
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) now.bits[k] = t.mask && b < landing.passing ? bits_of(cursors[k]) : uint8_t(0);
+        copy_async_wait<Landing<K>::ahead - 1>();
+        stash.recall(b, now);
+        add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, now, sets, row);
+        if (b + landing.ahead >= early) ask_gradients(call, slab, landing, asked, b + landing.ahead);
+    }
+    slab.next(cursor, cursors, spots);
+    add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, batch, sets, row);
 }
 
 template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>) grad_moments_kernel(NF_GRID_CONSTANT Call call) {
@@ -259,7 +334,8 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
     c.renew(call, slab);
     Sums<A, gradient_sums<kAct>> sets[sum_lanes<T, kWide>];
     GradientBatch<T, gradient_batch> batch;
-    collect_gradients<T, kWide, kRows, kAct, gradient_batch>(call, slab, block_index(), c, batch, sets);
+    const Landing<gradient_batch> landing(call, slab.steps);
+    collect_gradients<T, kWide, kRows, kAct>(call, slab, landing, block_index(), c, batch, sets);
     if (kWide && !call.walk.one_channel) return;  // the rows' sums are written
     leave_partials<T, kWide>(call, slab, sets);
 }

@@ -16,18 +16,33 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
     Coefficients<T, kWide, kRows> c;
     const bool keeps_sums = kPositions && call.sums_offset >= 0;
     if (keeps_sums) ChannelSums<T, kWide, gradient_sums<kAct>>(call).clear();
+    int base = 0, early = 0;  // as in single_pass.cuh
     for (int64_t unit = block_index(); unit < call.walk.units; unit += grid_blocks()) {
         const Slab<T, kWide> slab(call.walk, unit);
+        const Landing<gradient_batch> landing(call, slab.steps, base);
         GradientCoefficients<T, kWide> g;
         Sums<A, gradient_sums<kAct>> sets[sum_lanes<T, kWide>];
         GradientBatch<T, gradient_batch> batch;
         saved_statistics<T, kWide, kRows>(call, slab, c);
         c.renew(call, slab);
-        collect_gradients<T, kWide, kRows, kAct, gradient_batch>(call, slab, unit, c, batch, sets);
+        if constexpr (kWide && kRows) {
+            collect_gradients_ahead<T, kWide, kRows, kAct>(call, slab, landing, early, unit, c, batch, sets);
+            if (call.walk.spare > 0 && unit + grid_blocks() < call.walk.units) {
+                const Slab<T, kWide> next(call.walk, unit + grid_blocks());
+                const Landing<gradient_batch> place(call, next.steps, base = landing.next_base());
+                auto cursor = next.start();
+                early = min_(call.walk.spare, place.last);
+                NF_NO_UNROLL
+                for (int b = 0; b < early; ++b) ask_gradients(call, next, place, cursor, b);
+            }
+        } else {
+            collect_gradients<T, kWide, kRows, kAct>(call, slab, landing, unit, c, batch, sets);
+        }
         finish_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, slab, sets, false, g);
-        grad_apply_slab<T, kWide, kRows, kAct, gradient_batch>(call, slab, true, batch, c, g);
+        grad_apply_slab<T, kWide, kRows, kAct>(call, slab, landing, true, batch, c, g);
     }
     if (keeps_sums) ChannelSums<T, kWide, gradient_sums<kAct>>(call).leave(call, block_index());
+    leave_owners(call);
     if (call.finish && last_to_arrive(Global<uint32_t>(call.tensors.arrivals), grid_blocks())) {
         parameter_gradients<A>(call, 0, 1);
         shared_gradients<A>(call);

@@ -32,6 +32,8 @@ struct Launch {
     bool wide, rows;
     uint32_t blocks, threads, shared_bytes;
     const char* name;
+    bool cooperative = false;
+    uint32_t cluster = 1;
 };
 
 template <class T, bool kWide, bool kRows, int kAct> int launch_with(const Launch& l, const LaunchConfig& config, const Call& call) {
@@ -66,7 +68,7 @@ template <class T, bool kWide, bool kRows> int launch_with_act(const Launch& l, 
 
 template <class T> int launch_kernel(const Launch& l, const Call& call, void* stream) {
     using A = AccumulatorOf<T>;
-    const LaunchConfig config = {l.name, l.blocks, l.threads, l.shared_bytes, stream};
+    const LaunchConfig config = {l.name, l.blocks, l.threads, l.shared_bytes, stream, l.cooperative, l.cluster};
     switch (l.kernel) {
         case Kernel::moments:
             return l.wide ? launch(&moments_kernel<T, true>, config, call) : launch(&moments_kernel<T, false>, config, call);

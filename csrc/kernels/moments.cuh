@@ -84,17 +84,46 @@ template <class T, bool kWide> struct ThreadMoments {
     }
 };
 
-// The first pass over a slab. The last batch stays in ``batch``, the ``resident`` ones before it in shared memory.
-template <class T, bool kWide, int K> NF_DEVICE void collect(const Call& call, const Slab<T, kWide>& slab, Vector<T> (&batch)[K],
+// The places of a slab's batches in shared memory. The last batch stays in registers, each of the ``resident`` ones before it has a place
+// of its own; those before them pass: they will be read again, and until then take turns in the first places, each of which is taken for
+// good just after its last guest has been read.
+// Where there is room for more than a slab (walk.spare), the places are a ring, in which the next slab follows this one.
+// A thread reads only what it has written or copied itself, so that nothing but its own copies need be awaited.
+template <int K> struct Landing {
+    static constexpr int ahead = landing_ahead;
+    static_assert((ahead & (ahead - 1)) == 0, "a power of two");
+    int last, passing, ring, threads, base;
+
+    NF_DEVICE Landing(const Call& call, int steps, int base_ = 0)
+        : last((steps + K - 1) / K - 1),
+          passing(last - call.walk.resident),
+          ring(call.walk.resident + call.walk.spare),
+          threads(int(block_threads())),
+          base(base_) {}
+    NF_DEVICE bool stays(int b) const { return b >= passing && b < last; }
+    NF_DEVICE int slot(int b, int k) const {
+        int place = base + b - passing;
+        if (b < passing) place = (b - passing) & (ahead - 1);
+        else if (place >= ring) place -= ring;
+        return (place * K + k) * threads + int(thread_index());
+    }
+    NF_DEVICE int vectors() const { return ring * K * threads; }
+    NF_DEVICE int next_base() const { return base + last >= ring ? base + last - ring : base + last; }
+    // What will be read again should stay in the cache, at the cost of what will not
+    NF_DEVICE Cache cache(int b) const { return passing == 0 ? Cache::normal : b < passing ? Cache::evict_last : Cache::evict_first; }
+};
+
+// The first pass over a slab
+template <class T, bool kWide, int K> NF_DEVICE void collect(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing,
+                                                             Vector<T> (&batch)[K],
                                                              Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
     constexpr int V = vector_size<T>, P = part_size<T, any_act>;
     ThreadMoments<T, kWide> own;
     const Arguments& t = call.tensors;
     const bool pre_norm = call.problem.residual_mode == ResidualMode::pre_norm;
-    const int batches = (slab.steps + K - 1) / K, threads = int(block_threads());
     auto cursor = slab.start();
     NF_NO_UNROLL
-    for (int b = 0; b < batches; ++b) {
+    for (int b = 0; b <= landing.last; ++b) {
         Spot spots[K];
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
@@ -117,27 +146,25 @@ template <class T, bool kWide, int K> NF_DEVICE void collect(const Call& call, c
             }
         }
         own.add(batch, spots, call.problem.centred);
-        const int kept = b - (batches - 1 - call.walk.resident);
-        if (kept >= 0 && b + 1 < batches) {
-            const Shared<T> stash = shared_at<T>(0, call.walk.resident * K * threads * V);
+        if (landing.stays(b)) {
+            const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
             NF_UNROLL
-            for (int k = 0; k < K; ++k) stash.template store<V>(((kept * K + k) * threads + int(thread_index())) * V, batch[k]);
+            for (int k = 0; k < K; ++k) stash.template store<V>(landing.slot(b, k) * V, batch[k]);
         }
     }
     own.give(moments);
 }
 
-// A batch of the second pass, for b going down; the last one is still there.
-template <class T, bool kWide, int K> NF_DEVICE void recall(const Call& call, const Slab<T, kWide>& slab, int b, int batches,
+// A batch of the second pass, for b going down. ``held``: the first pass was in this kernel, and the last batch is still there.
+template <class T, bool kWide, int K> NF_DEVICE void recall(const Slab<T, kWide>& slab, const Landing<K>& landing, bool held, int b,
                                                             const Spot (&spots)[K], const void* tensor, bool written_here,
                                                             Vector<T> (&batch)[K]) {
     constexpr int V = vector_size<T>;
-    if (b + 1 == batches) return;
-    const int kept = b - (batches - 1 - call.walk.resident), threads = int(block_threads());
-    if (kept >= 0) {
-        const Shared<T> stash = shared_at<T>(0, call.walk.resident * K * threads * V);
+    if (held && b == landing.last) return;
+    if (held && landing.stays(b)) {
+        const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
         NF_UNROLL
-        for (int k = 0; k < K; ++k) batch[k] = stash.template load<V>(((kept * K + k) * threads + int(thread_index())) * V);
+        for (int k = 0; k < K; ++k) batch[k] = stash.template load<V>(landing.slot(b, k) * V);
     } else if (written_here) {
         NF_UNROLL
         for (int k = 0; k < K; ++k) batch[k] = slab.template load<true>(tensor, spots[k]);
@@ -327,7 +354,7 @@ template <class T, bool kWide> NF_KERNEL(threads_of<kWide>) moments_kernel(NF_GR
     const Slab<T, kWide> slab(call.walk, block_index());
     Moments<A> m[kLanes];
     Vector<T> batch[moments_batch];
-    collect<T, kWide, moments_batch>(call, slab, batch, m);
+    collect<T, kWide, moments_batch>(call, slab, Landing<moments_batch>(call, slab.steps), batch, m);
     leave_partials<T, kWide>(call, slab, m);
     // Nobody reads the counter in this launch; the next one reads it already counted
     if (call.problem.scope == Scope::channel && call.tensors.counter && block_index() == 0 && thread_index() == 0)

@@ -1,7 +1,7 @@
 // How a call is run: a pure function of the problem and of the device's limits, testable without a GPU.
 //
-// Routes: single_pass where a block can hold its sets on chip between the two passes over them, else two_pass (a launch per pass).
-// Constants without a measurement behind them say so; the slab engine will replace the choice of owners.
+// Routes: single_pass where a block, a cluster or a group of blocks can hold its sets on chip between the two passes over them (wide sets
+// along rows; others: a block), else two_pass (a launch per pass). Constants without a measurement behind them say so.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,8 @@
 namespace normfused {
 
 enum class Route : int { single_pass, two_pass, apply_only };
+// Beside the first two routes, what tests and measurements may force: a single pass by sets that several blocks hold
+constexpr int by_cluster = 2, by_group = 3;
 
 struct Plan {
     Route route = Route::two_pass;
@@ -20,7 +22,9 @@ struct Plan {
     int threads = 0;
     int64_t blocks = 0;
     int batch = 0;             // vectors of a thread's batch
-    int scratch_offset = 0, columns_offset = 0, sums_offset = -1, shared_bytes = 0;
+    Owner owner = Owner::block;
+    int groups = 0;            // of co-resident blocks, each with a set at a time
+    int scratch_offset = 0, columns_offset = 0, exchange_offset = 0, sums_offset = -1, shared_bytes = 0;
     bool settles = false;      // narrow sets wider than a slice, or of many chunks: a launch of its own merges their partials
     bool columns_pass = false; // position sets' parameter gradients need a pass of their own
     Walk columns_walk = {};
@@ -133,6 +137,34 @@ inline void share_out(Walk& w, int64_t rows, int row_vectors, int want, bool pow
     w.teams = best_teams;
 }
 
+// Slabs of a wide set for at most ``chunks`` blocks (``exactly``: as many, some perhaps empty; then chunks is a power of two), as equal as
+// whole rows and vectors allow. Rows are split where that makes a tenth: longer runs of memory are better, and each piece of a row has
+// sums per channel of its own.
+inline void cut(Walk& w, int64_t chunks, bool exactly) {
+    int64_t least = INT64_MAX, taken = 1;
+    const auto rows_of = [&](int64_t pieces) { return ceil_div(w.rows, std::min(w.rows, chunks / pieces)); };
+    const auto vectors_of = [&](int64_t pieces) {  // pieces of whole lines of 128 bytes, where they are not tiny
+        const int64_t vectors = ceil_div(w.row_vectors, pieces);
+        return pieces > 1 && vectors >= 64 ? round_up(vectors, 8) : vectors;
+    };
+    const auto consider = [&](int64_t pieces) {
+        if (pieces < 1 || pieces > chunks || pieces > w.row_vectors) return;
+        const int64_t slab = rows_of(pieces) * vectors_of(pieces);
+        if (double(slab) < 0.9 * double(least)) least = slab, taken = pieces;
+    };
+    if (exactly) {
+        for (int64_t pieces = 1; pieces <= chunks; pieces *= 2) consider(pieces);
+    } else {
+        for (int64_t few = 1; few <= 8; ++few) consider(few);
+        for (int64_t few = std::min<int64_t>(8, w.rows); few >= 1; --few)
+            if (chunks / few > 8) consider(chunks / few);
+    }
+    w.chunk_rows = int(rows_of(taken));
+    w.chunk_vectors = int(vectors_of(taken));
+    w.vector_chunks = int(exactly ? taken : ceil_div(w.row_vectors, w.chunk_vectors));
+    w.chunks = exactly ? chunks : ceil_div(w.rows, w.chunk_rows) * w.vector_chunks;
+}
+
 inline void finish_walk(Walk& w, bool wide) {
     w.per_row = int(ceil_div(w.chunk_vectors, w.team));
     w.steps = int(ceil_div(w.chunk_rows, w.teams)) * w.per_row;
@@ -171,16 +203,18 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
 
     const auto memory = [&](Plan& at) -> int64_t {  // offsets behind the slab; the reductions of wide sets need one exchange between warps
         const Walk& w = at.walk;
-        const int64_t slab = round_up(int64_t(w.resident) * batch * at.threads * vector_bytes, 16);
+        const int64_t slab = round_up(int64_t(w.resident + w.spare) * batch * at.threads * vector_bytes, 16);
         const int64_t lanes = at.wide ? 0 : int64_t(values) * V * std::max(w.team * w.teams, at.threads) * accumulator;
         const int64_t tail = backward ? 4 * at.threads * accumulator : 0;  // grad_parameters.cuh in the last block
         const int64_t columns = slab + round_up(std::max<int64_t>({int64_t(values) * 32 * accumulator, lanes, tail}), 16);
-        const int64_t sums = columns + (at.wide ? 0 : round_up(int64_t(2) * w.team * V * accumulator, 16));
+        const int64_t exchange = columns + (at.wide ? 0 : round_up(int64_t(2) * w.team * V * accumulator, 16));
+        const int64_t sums = exchange + (at.owner == Owner::cluster ? 4 * accumulator : 0);
         const int64_t channels = at.wide ? int64_t(w.row_vectors) * V : w.rows;
         const int64_t end = sums + (at.sums_offset < 0 ? 0 : values * channels * w.sets_per_block * accumulator);
         if (end < too_many) {
             at.scratch_offset = int(slab);
             at.columns_offset = int(columns);
+            at.exchange_offset = int(exchange);
             if (at.sums_offset >= 0) at.sums_offset = int(sums);
             at.shared_bytes = int(end);
         }
@@ -265,6 +299,95 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         return true;
     };
 
+    // ------------------------------------------------------------------------------------- single_pass, a set to several blocks
+    // What blocks hold of a set, in shared memory and in registers: one that shares its processor with another, one that has it alone
+    const int processors = limits.processors - limits.spare_processors;
+    const int64_t reductions = int64_t(values) * 32 * accumulator + 4 * 256 * accumulator;
+    const int64_t registers = int64_t(batch) * 256 * vector_bytes;
+    const int64_t half = std::min(limits.shared_bytes_per_block, limits.shared_bytes_per_processor / 2 - 1024) - reductions + registers;
+    const int64_t whole = limits.shared_bytes_per_block - 2 * reductions + 2 * registers;
+    const auto at_once = [&](const Plan& at) {  // blocks of a processor: by shared memory, threads, and registers (128 a thread)
+        return std::min({limits.shared_bytes_per_processor / (at.shared_bytes + 1024), limits.threads_per_processor / at.threads,
+                         threads_of<true> / at.threads});
+    };
+    const auto owned = [&](Owner owner, int64_t chunks, int most, int least_at_once = 1) -> bool {
+        Plan at = plan;
+        Walk& w = at.walk = view.walk;
+        at.route = Route::single_pass;
+        at.owner = owner;
+        cut(w, chunks, owner == Owner::cluster);
+        w.slice = w.cols;
+        if (w.chunks < 2) return false;
+        share_out(w, w.chunk_rows, w.chunk_vectors, batch, backward && !w.one_channel, most);
+        at.threads = int(round_up(w.team * w.teams, 32));
+        finish_walk(w, true);
+        if (!spans(w) || w.units >= too_many) return false;
+        const int batches = int(ceil_div(w.steps, batch));
+        w.resident = batches - 1;
+        at.blocks = w.units;
+        const auto fits = [&] {
+            return memory(at) <= limits.shared_bytes_per_block && at_once(at) >= least_at_once &&
+                   (owner == Owner::cluster || w.chunks <= int64_t(processors) * at_once(at));
+        };
+        if (owner == Owner::group) {
+            // the part that does not fit is read again, by way of slots that are free at first
+            const int least = landing_ahead;
+            if (!fits()) {
+                if (least_at_once > 1) return false;
+                int low = least, high = batches - 1;  // the most that fits
+                while (low < high) {
+                    w.resident = (low + high + 1) / 2;
+                    if (fits()) low = w.resident;
+                    else high = w.resident - 1;
+                }
+                w.resident = low;
+                if (low >= batches - 1 || !fits() || 5 * low < batches) return false;  // below a fifth two launches will do (unmeasured)
+            }
+            const int64_t most_groups = int64_t(processors) * at_once(at) / w.chunks, sets = w.outers;
+            at.groups = int(ceil_div(sets, ceil_div(sets, std::min(sets, most_groups))));
+            at.blocks = at.groups * w.chunks;
+            // room that is left takes the beginning of the next slab
+            const int together = at_once(at);
+            const auto room = [&] { return memory(at) <= limits.shared_bytes_per_block && at_once(at) >= together; };
+            if (sets > at.groups && w.resident == batches - 1) {
+                const int64_t left =
+                    std::min(limits.shared_bytes_per_block, limits.shared_bytes_per_processor / together - 1024) - at.shared_bytes;
+                w.spare = int(std::min<int64_t>(w.resident, std::max<int64_t>(0, left) / (int64_t(batch) * at.threads * vector_bytes)));
+                while (!room() && w.spare > 0) --w.spare;
+                memory(at);
+            }
+        } else if (!fits()) {
+            return false;
+        }
+        plan = at;
+        plan.read_x = 1 + double(batches - 1 - w.resident) / batches;
+        return true;
+    };
+    const auto several = [&](bool cluster, bool group) -> bool {
+        const int64_t set_bytes = view.walk.rows * view.walk.row_vectors * int64_t(vector_bytes), sets = view.walk.outers;
+        const int64_t least = 8192;  // bytes worth a block of its own (unmeasured)
+        const int64_t needed = ceil_div(set_bytes, half), useful = std::max<int64_t>(1, set_bytes / least);
+        const int64_t wanted = std::max(needed, std::min(ceil_div(2 * processors, sets), useful));
+        const bool forced = forced_route > int(Route::two_pass);
+        if (wanted < 2 && !forced) return false;
+        const int64_t largest = cluster ? limits.largest_cluster : 1, of_two = power_of_2(std::max<int64_t>(2, wanted));
+        if (largest > 1) {
+            // a cluster is no burden to other kernels; but few sets in clusters would leave most of the device idle
+            const bool idle = !forced && group && of_two > largest && 2 * largest * sets < processors;
+            if (!idle && owned(Owner::cluster, std::min(of_two, largest), 256)) return true;
+            if (!idle && ceil_div(set_bytes, whole) <= largest && owned(Owner::cluster, largest, threads_of<true>)) return true;
+        }
+        if (!group) return false;
+        const int64_t resident = 2 * int64_t(processors);
+        if (needed > resident) return owned(Owner::group, resident, 256) || owned(Owner::group, processors, 256);
+        // as many groups as find room, so that some load while others wait or store; then as many blocks to a group
+        const int64_t groups = std::max<int64_t>(1, std::min(sets, resident / std::max<int64_t>(2, needed)));
+        const int64_t equal = resident / ceil_div(sets, ceil_div(sets, groups));
+        for (int64_t chunks = std::max<int64_t>({2, needed, std::min(equal, useful)}); chunks <= resident; chunks += 1 + chunks / 8)
+            if (owned(Owner::group, chunks, 256, 2)) return true;
+        return owned(Owner::group, std::max<int64_t>(2, needed), 256);
+    };
+
     // ------------------------------------------------------------------------------------------------ a launch per pass
     const auto streaming = [&](Route route, bool settles = false) {
         Walk& w = plan.walk = view.walk;
@@ -342,11 +465,15 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         if (position) {
             if (!single(128)) single(64);
         } else {
-            bool found = allowed && (single(128) || single(64));
-            if (found && forced_route < 0) {
-                // a few large sets would leave most of the device idle (unmeasured)
-                const double set_bytes = double(p.elements()) * size_of(p.type) / plan.walk.units;
-                found = 2 * plan.blocks >= limits.processors || set_bytes <= 32768;
+            bool found = false;
+            if (allowed && view.wide) found = several(forced_route != by_group, pool && forced_route != by_cluster);
+            if (allowed && !found) {
+                found = single(128) || single(64);
+                if (found && forced_route < 0) {
+                    // a few large sets would leave most of the device idle (unmeasured)
+                    const double set_bytes = double(p.elements()) * size_of(p.type) / plan.walk.units;
+                    found = 2 * plan.blocks >= limits.processors || set_bytes <= 32768;
+                }
             }
             if (!found) stream(Route::two_pass);
         }

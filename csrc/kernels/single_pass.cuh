@@ -15,15 +15,30 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
     const Arguments& t = call.tensors;
     const int64_t batches_before = call.problem.cumulative ? counted_batches(call) : 0;
     Coefficients<T, kWide, kRows> c;
+    int base = 0, early = 0;  // place of the slab's first batch in the ring, batches that were asked for before their slab's turn
     for (int64_t unit = block_index(); unit < call.walk.units; unit += grid_blocks()) {
         const Slab<T, kWide> slab(call.walk, unit);
+        const Landing<forward_batch> landing(call, slab.steps, base);
         Moments<A> m[sum_lanes<T, kWide>];
         Vector<T> batch[forward_batch];
-        collect<T, kWide, forward_batch>(call, slab, batch, m);
+        if constexpr (kWide && kRows) {
+            collect_ahead(call, slab, landing, early, batch, m);
+            if (call.walk.spare > 0 && unit + grid_blocks() < call.walk.units) {  // loads for while this block waits and stores
+                const Slab<T, kWide> next(call.walk, unit + grid_blocks());
+                const Landing<forward_batch> place(call, next.steps, base = landing.next_base());
+                auto cursor = next.start();
+                early = min_(call.walk.spare, place.last);
+                NF_NO_UNROLL
+                for (int b = 0; b < early; ++b) ask(call, next, place, cursor, b);
+            }
+        } else {
+            collect(call, slab, landing, batch, m);
+        }
         finish_sets<T, kWide, kRows>(call, slab, m, false, batches_before, c);
         c.renew(call, slab);
-        apply_slab<T, kWide, kRows, kAct, forward_batch>(call, slab, true, batch, c);
+        apply_slab<T, kWide, kRows, kAct>(call, slab, landing, true, batch, c);
     }
+    leave_owners(call);
     if (call.problem.scope == Scope::channel && t.counter) {
         const Global<int64_t> counter(t.counter);
         const bool last = call.problem.cumulative ? last_to_arrive(Global<uint32_t>(t.arrivals), grid_blocks()) : block_index() == 0;

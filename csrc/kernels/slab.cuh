@@ -157,9 +157,15 @@ template <class T, bool kWide> struct Slab {
         return v;
     }
 
-    NF_DEVICE void store(void* tensor, const Spot& s, const Vector<T>& v) const {
+    // Into shared memory; to be awaited (copy_async_wait) before this thread reads it there
+    NF_DEVICE void fetch(const void* tensor, const Spot& s, const Shared<T>& to, int i, Cache cache) const {
+        if (whole(s)) copy_async<V>(to, i, Global<const T>(tensor).advance(corner), int64_t(s.at), cache);
+        else to.template store<V>(i, load(tensor, s));
+    }
+
+    NF_DEVICE void store(void* tensor, const Spot& s, const Vector<T>& v, Cache cache = Cache::normal) const {
         const Global<T> to = Global<T>(tensor).advance(corner).advance(s.at);
-        if (whole(s)) return to.template store<V>(0, v);
+        if (whole(s)) return to.template store<V>(0, v, cache);
         NF_UNROLL
         for (int j = 0; j < V; ++j)
             if (j >= s.first && j < s.last) to.store(j, v.data[j]);

@@ -24,10 +24,12 @@ int launch_typed(const Launch& l, const Call& call, void* stream) {
     }
 }
 
+constexpr int group_words = 1;  // behind the word of the last block to finish
+
 // Numbers of the accumulator's type that a step needs beside its outputs
 struct Workspace {
     int64_t partial = 0, channel_sums = 0, shared_act = 0, variances = 0, set_coefficients = 0;
-    uint32_t arrivals = 0;
+    uint32_t arrivals = 0;  // words: the one of the last block first, then one per group
     int64_t entries = 0;
     bool finish = false, parameters_launch = false;
 
@@ -45,7 +47,7 @@ Workspace workspace(const Problem& p, Step step, const Needs& needs, const Plan&
     if (step == Step::moments || step == Step::grad_moments) s.partial = partial;
     if (step == Step::grad_moments) s.channel_sums = p.N * p.C;  // of act_weight
     if (step == Step::norm_act) {
-        if (plan.route == Route::two_pass) s.partial = partial;
+        if (plan.route == Route::two_pass || plan.owner == Owner::group) s.partial = partial;
         if (p.scope == Scope::sample_group && p.batch_statistics) s.variances = p.sets();
         if (plan.route == Route::single_pass && p.scope == Scope::channel && p.cumulative) s.arrivals = 1;
     }
@@ -66,7 +68,9 @@ Workspace workspace(const Problem& p, Step step, const Needs& needs, const Plan&
             if (plan.settles) s.set_coefficients = 2 * p.sets();
             s.parameters_launch = needs.parameters && p.scope == Scope::sample_group;
         } else if (needs.parameters && p.scope != Scope::channel) {
-            s.entries = p.scope == Scope::sample_group ? p.N : plan.columns_pass ? plan.columns_walk.chunks : plan.blocks;
+            s.entries = p.scope == Scope::sample_group ? p.N * (rows_of_channels ? w.vector_chunks : 1)
+                        : plan.columns_pass            ? plan.columns_walk.chunks
+                                                       : plan.blocks;
             s.channel_sums = 3 * s.entries * p.C;
             // one block can sum so many numbers in less time than another launch takes (unmeasured)
             s.finish = pool && !plan.columns_pass && s.entries * p.C <= 16384;
@@ -74,7 +78,9 @@ Workspace workspace(const Problem& p, Step step, const Needs& needs, const Plan&
             s.parameters_launch = !s.finish;
         }
         if (p.scope == Scope::channel) s.entries = 1;
+        if (plan.owner == Owner::group) s.partial = partial;
     }
+    if (plan.owner == Owner::group) s.arrivals = group_words + uint32_t(plan.groups);
     return s;
 }
 
@@ -145,6 +151,15 @@ class Run {
         call.scratch_offset = plan.scratch_offset;
         call.columns_offset = plan.columns_offset;
         call.sums_offset = plan.sums_offset;
+        call.owner = plan.owner;
+        call.exchange_offset = plan.exchange_offset;
+        call.group_words = group_words;
+        const int batches = int(planning::ceil_div(plan.walk.steps, plan.batch));
+        call.streams = plan.route == Route::single_pass && plan.wide && plan.rows && plan.walk.resident < batches - 1;
+        if (plan.owner == Owner::group) {
+            call.partial = take(space.partial);
+            call.partials = plan.walk.chunks;
+        }
     }
 
     void* take(int64_t numbers) {
@@ -162,8 +177,11 @@ class Run {
     }
 
     int operator()(Kernel kernel, const char* name) {
+        const bool single = kernel == Kernel::single_pass || kernel == Kernel::grad_single_pass;
         return launch_typed(
-            {kernel, plan.wide, plan.rows, uint32_t(plan.blocks), uint32_t(plan.threads), uint32_t(plan.shared_bytes), name}, call, stream);
+            {kernel, plan.wide, plan.rows, uint32_t(plan.blocks), uint32_t(plan.threads), uint32_t(plan.shared_bytes), name,
+             single && plan.owner == Owner::group, single && plan.owner == Owner::cluster ? uint32_t(plan.walk.chunks) : 1u},
+            call, stream);
     }
     int small(Kernel kernel, const char* name, int64_t blocks, int threads) {
         const int offset = call.scratch_offset;
@@ -307,7 +325,8 @@ int Run::slice_gradients() {
 
 }  // namespace
 
-// The route that later plans take where they can: -1 as it is best, 0 single_pass, 1 two_pass. For tests and measurements.
+// The route that later plans take where they can: -1 as it is best, 0 single_pass, 1 two_pass, 2 and 3 single_pass by clusters and by
+// groups of co-resident blocks. For tests and measurements.
 extern "C" __attribute__((visibility("default"))) void normfused_force_route(int route) { forced_route = route; }
 
 int64_t mask_bytes(const Problem& problem) {
@@ -315,10 +334,37 @@ int64_t mask_bytes(const Problem& problem) {
     return problem.masked() ? view.walk.outers * view.walk.rows * view.walk.row_vectors : 0;
 }
 
+namespace {
+// Where blocks that must run together do not all find room beside other work on the device: a launch per pass
+Plan instead_of_groups(const Problem& problem, Step step, const Needs& needs, const Limits& limits, bool pool) {
+    return choose_plan(problem, step, needs, limits, pool, int(Route::two_pass));
+}
+
+int run_plan(const Problem& problem, Step step, const Needs& needs, const Plan& plan, const Arguments& args, bool pool, void* stream) {
+    const Workspace space = workspace(problem, step, needs, plan, pool);
+    declare_all(problem, step, args, size_t(space.numbers()) * (problem.type == Type::float64 ? 8 : 4), space.arrivals);
+    Run run(problem, needs, plan, space, args, stream);
+    switch (step) {
+        case Step::norm_act: return run.forward();
+        case Step::norm_act_backward: return run.backward();
+        case Step::moments: return run.slice_moments();
+        case Step::apply: return run(Kernel::apply, "apply");
+        case Step::grad_moments: return run.slice_gradients();
+        case Step::grad_apply: return run(Kernel::grad_apply, "grad_apply");
+    }
+    return not_supported;
+}
+}  // namespace
+
 Requirements requirements(const Problem& problem, Step step, const Needs& needs, const Limits& limits, bool pool) {
     const Plan plan = choose_plan(problem, step, needs, limits, pool, forced_route);
     const Workspace space = workspace(problem, step, needs, plan, pool);
-    return {size_t(space.numbers()) * (problem.type == Type::float64 ? 8 : 4), space.arrivals};
+    int64_t numbers = space.numbers();
+    if (plan.owner == Owner::group) {
+        const Plan other = instead_of_groups(problem, step, needs, limits, pool);
+        numbers = std::max(numbers, workspace(problem, step, needs, other, pool).numbers());
+    }
+    return {size_t(numbers) * (problem.type == Type::float64 ? 8 : 4), space.arrivals};
 }
 
 int run(const Problem& problem, Step step, const Needs& needs, const Limits& limits, const Arguments& args, void* stream) {
@@ -328,34 +374,27 @@ int run(const Problem& problem, Step step, const Needs& needs, const Limits& lim
     // beyond 2^31 - 1 blocks, or groups among 2^20 channels and more (walk.h): no plan
     if (plan.blocks <= 0 || plan.blocks >= planning::too_many || (!plan.wide && plan.walk.width > 1 && problem.C >= 1 << 20))
         return not_supported;
-    const Workspace space = workspace(problem, step, needs, plan, pool);
-    declare_all(problem, step, args, size_t(space.numbers()) * (problem.type == Type::float64 ? 8 : 4), space.arrivals);
-    Run run(problem, needs, plan, space, args, stream);
-    int status = not_supported;
-    switch (step) {
-        case Step::norm_act: status = run.forward(); break;
-        case Step::norm_act_backward: status = run.backward(); break;
-        case Step::moments: status = run.slice_moments(); break;
-        case Step::apply: status = run(Kernel::apply, "apply"); break;
-        case Step::grad_moments: status = run.slice_gradients(); break;
-        case Step::grad_apply: status = run(Kernel::grad_apply, "grad_apply"); break;
-    }
-    return status;
+    const int status = run_plan(problem, step, needs, plan, args, pool, stream);
+    if (plan.owner != Owner::group || status != too_large_to_be_cooperative) return status;
+    return run_plan(problem, step, needs, instead_of_groups(problem, step, needs, limits, pool), args, pool, stream);
 }
 
 int describe(const Problem& problem, Step step, const Needs& needs, const Limits& limits, bool pool, char* text, int size) {
     const Plan plan = choose_plan(problem, step, needs, limits, pool, forced_route);
     const Workspace space = workspace(problem, step, needs, plan, pool);
     const char* const routes[] = {"single_pass", "two_pass", "apply"};
-    return std::snprintf(
-        text, size_t(size),
-        "{\"route\": \"%s\", \"sets\": \"%s\", \"channels\": \"%s\", \"blocks\": %lld, \"threads\": %d, \"team\": %d, \"teams\": %d, "
-        "\"steps\": %d, \"batch\": %d, \"resident\": %d, \"slice\": %lld, \"chunks\": %lld, \"shared_bytes\": %d, "
-        "\"scratch_bytes\": %lld, \"arrivals\": %u, \"reads_of_x\": %.6g}",
-        routes[int(plan.route)], plan.wide ? "wide" : "narrow", plan.rows ? "rows" : "columns", (long long)plan.blocks, plan.threads,
-        plan.walk.team, plan.walk.teams, plan.walk.steps, plan.batch, plan.walk.resident, (long long)plan.walk.slice,
-        (long long)plan.walk.chunks, plan.shared_bytes, (long long)(space.numbers() * (problem.type == Type::float64 ? 8 : 4)),
-        space.arrivals, plan.read_x);
+    const char* const owners[] = {"block", "cluster", "group"};
+    return std::snprintf(text, size_t(size),
+                         "{\"route\": \"%s\", \"owner\": \"%s\", \"groups\": %d, \"sets\": \"%s\", \"channels\": \"%s\", \"blocks\": %lld, "
+                         "\"threads\": %d, \"team\": %d, \"teams\": %d, "
+                         "\"steps\": %d, \"batch\": %d, \"resident\": %d, \"spare\": %d, \"slice\": %lld, \"chunks\": %lld, \"pieces\": "
+                         "%d, \"shared_bytes\": %d, "
+                         "\"scratch_bytes\": %lld, \"arrivals\": %u, \"reads_of_x\": %.6g}",
+                         routes[int(plan.route)], owners[int(plan.owner)], plan.groups, plan.wide ? "wide" : "narrow",
+                         plan.rows ? "rows" : "columns", (long long)plan.blocks, plan.threads, plan.walk.team, plan.walk.teams,
+                         plan.walk.steps, plan.batch, plan.walk.resident, plan.walk.spare, (long long)plan.walk.slice,
+                         (long long)plan.walk.chunks, plan.walk.vector_chunks, plan.shared_bytes,
+                         (long long)(space.numbers() * (problem.type == Type::float64 ? 8 : 4)), space.arrivals, plan.read_x);
 }
 
 }  // namespace normfused

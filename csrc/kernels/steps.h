@@ -14,6 +14,8 @@ struct Limits {
     int shared_bytes_per_block = 232448;  // opt-in maximum
     int shared_bytes_per_processor = 233472;
     int threads_per_processor = 2048;
+    int largest_cluster = 8;   // blocks; 1: the device has no clusters. 8 is what every device with clusters takes
+    int spare_processors = 0;  // that cooperative launches leave to kernels running beside them (collectives)
 };
 
 struct Needs {  // of a backward

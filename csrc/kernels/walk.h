@@ -37,7 +37,7 @@ struct Walk {
     int team, teams;
     int sets_per_block;  // wide: several small sets to a block, each with team*teams threads (then at most 32)
     // the batches of vectors that stay on chip between the two passes over a slab, at the end of the walk; the last in registers
-    int resident;
+    int resident, spare;  // places in shared memory for them, and beyond them for batches of the next slab
     uint32_t phase_mask;  // V - 1 where rows may start inside a 16-byte vector and are walked by the vectors of memory, else 0
     bool one_channel;  // wide along rows: all rows of a matrix are of one channel
     bool aligned;  // every tensor starts at a 16-byte boundary, and (narrow) every row does

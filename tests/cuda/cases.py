@@ -18,10 +18,17 @@ from normfused.problem import PRE_NORM
 
 from ..support import cases
 
-ROUTES = {None: -1, "single_pass": 0, "two_pass": 1}
+ROUTES = {None: -1, "single_pass": 0, "two_pass": 1, "cluster": 2, "group": 3}  # the last two: single passes of shared sets
+LIMITS = (
+    *("processors", "shared_bytes_per_block", "shared_bytes_per_processor", "threads_per_processor"),
+    *("largest_cluster", "spare_processors"),
+)
 # of a device so small that tensors of a few thousand elements take every branch of a plan
-SMALL = (2, 65536, 65536, 512)
-TINY = (2, 40000, 65536, 512)
+SMALL = (2, 65536, 65536, 512, 8, 0)
+TINY = (2, 40000, 65536, 512, 8, 0)
+FEW = (16, 40000, 65536, 512, 8, 0)  # sets are few beside its processors
+ROOMY = (2, 80000, 162048, 512, 1, 0)  # its blocks hold a set together, and the beginning of the next
+CRAMPED = (1, 114000, 232000, 512, 1, 0)  # even all of its blocks together hold little
 
 
 def library() -> ctypes.CDLL:
@@ -31,7 +38,7 @@ def library() -> ctypes.CDLL:
 
 
 @contextmanager
-def forced(route: str | None, limits: tuple[int, int, int, int] | None) -> Iterator[None]:
+def forced(route: str | None, limits: tuple[int, ...] | None) -> Iterator[None]:
     """Plans take ``route`` where they can, and the limits of a pretended device."""
     found = _load.library()
     assert found is not None
@@ -44,7 +51,7 @@ def forced(route: str | None, limits: tuple[int, int, int, int] | None) -> Itera
     finally:
         c.normfused_force_route(-1)
         if found.emulated and limits is not None:
-            found.ops.set_limits(132, 232448, 233472, 2048)
+            found.ops.set_limits(132, 232448, 233472, 2048, 8, 0)
 
 
 class Machine:

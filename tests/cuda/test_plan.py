@@ -22,23 +22,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import normfused
 import normfused.functional as F
+from bench import slab_plans
+from normfused import explain
 from normfused.backends.cuda import _load
 from normfused.problem import CHANNEL, NHWC, POSITION, SAMPLE_GROUP, STANDARD, Problem
 
 from ..emulation.machine import ROOT, compile_command
 from ..support import cases
-from .cases import SMALL, Case
+from .cases import LIMITS, ROUTES, SMALL, Case, Machine, forced
 
-# processors, shared bytes of a block (opt-in) and of a processor, threads of a processor
+# processors, shared bytes of a block (opt-in) and of a processor, threads of a processor, blocks of a cluster, processors to spare
 DEVICES = {
-    "A100": (108, 166912, 167936, 2048),
-    "4090": (128, 101376, 102400, 1536),
-    "H100": (132, 232448, 233472, 2048),
-    "H200": (132, 232448, 233472, 2048),
-    "B200": (148, 232448, 233472, 2048),
-    "5090": (170, 101376, 102400, 1536),
+    "A100": (108, 166912, 167936, 2048, 1, 0),
+    "4090": (128, 101376, 102400, 1536, 1, 0),
+    "H100": (132, 232448, 233472, 2048, 8, 0),
+    "H200": (132, 232448, 233472, 2048, 8, 0),
+    "H200, a few to spare": (132, 232448, 233472, 2048, 8, 8),
+    "B200": (148, 232448, 233472, 2048, 8, 0),
+    "5090": (170, 101376, 102400, 1536, 8, 0),
 }
+BLOCK, CLUSTER, GROUP = range(3)
 SCOPES = [CHANNEL, SAMPLE_GROUP, POSITION]
 TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 STEPS = ["norm_act", "norm_act_backward", "moments", "apply", "grad_moments", "grad_apply"]
@@ -63,7 +68,7 @@ class Question:
     batch_statistics: bool = True
     residual: str | None = None
     act: int = 1  # relu
-    device: tuple[int, int, int, int] = DEVICES["H200"]
+    device: tuple[int, ...] = DEVICES["H200"]
     columns: bool = False
 
     @property
@@ -76,7 +81,7 @@ class Question:
 
     @property
     def numbers(self) -> ctypes.Array[ctypes.c_int64]:
-        route = {None: -1, "single_pass": 0, "two_pass": 1}[self.route]
+        route = ROUTES[self.route]
         residual = {None: 0, "pre_act": 1, "post_act": 2, "pre_norm": 3}[self.residual]
         numbers = (
             SCOPES.index(self.scope), self.layout == NHWC, TYPES.index(self.dtype), self.N, self.C, self.S, self.groups, 1,
@@ -147,19 +152,40 @@ def check_legal(q: Question, launchable: bool = True) -> dict[str, Any]:
     assert 1 <= at["team"] * at["teams"] * at["sets_per_block"] <= at["threads"], at
     assert at["per_row"] == _ceil(at["chunk_vectors"], at["team"]), at
     assert at["steps"] == _ceil(at["chunk_rows"], at["teams"]) * at["per_row"] >= 1, at
-    assert at["chunks"] == _ceil(at["walk_rows"], at["chunk_rows"]) * at["vector_chunks"], at
+    least_chunks = _ceil(at["walk_rows"], at["chunk_rows"]) * at["vector_chunks"]
+    assert at["chunks"] == least_chunks or (at["owner"] == CLUSTER and least_chunks <= at["chunks"] <= q.device[4]), at
     assert at["vector_chunks"] * at["chunk_vectors"] >= at["row_vectors"] if at["wide"] else at["slices"] * at["slice"] >= at["cols"], at
     slabs = _ceil(at["outers"], at["sets_per_block"]) if at["wide"] else at["outers"] * at["slices"]
     assert at["units"] == slabs * at["chunks"] >= at["blocks"], at
+    check_owner(q, at)
     # what stays on chip beside the last batch: x, or x and dy, or with the residual or mask that z is known from
     backward = q.step in ("norm_act_backward", "grad_moments", "grad_apply")
     vector = 16 * (1 + backward) + (backward and q.residual == "pre_act" and q.act > 0)
     batches = _ceil(at["steps"], at["batch"])
     assert at["resident"] * at["batch"] * at["threads"] * vector <= at["slab_bytes"] <= at["shared_bytes"], at
     assert 0 <= at["resident"] < batches, at
-    if at["route"] == 0 and q.scope != POSITION:
+    if at["route"] == 0 and q.scope != POSITION and at["owner"] != GROUP:
         assert at["resident"] == batches - 1, at
     return at
+
+
+def check_owner(q: Question, at: dict[str, Any]) -> None:
+    """Blocks that share a set: as many as there are chunks, and on the device at one time."""
+    processors, _, processor_bytes, threads, largest, spare = q.device
+    assert at["owner"] == BLOCK or (at["route"] == 0 and at["sets_per_block"] == 1 and at["chunks"] > 1), at
+    if at["owner"] == BLOCK:
+        assert at["route"] != 0 or at["chunks"] == 1, at
+    elif at["owner"] == CLUSTER:
+        assert at["chunks"] in (2, 4, 8), at
+        assert at["chunks"] <= largest, at
+        assert at["blocks"] == at["units"], at
+    else:
+        assert q.pool, at
+        assert at["blocks"] == at["groups"] * at["chunks"], at
+        assert 1 <= at["groups"] <= at["outers"], at
+        # the system keeps 1 KB of every block; kernels have up to 128 registers a thread, of 65,536
+        at_once = min(processor_bytes // (at["shared_bytes"] + 1024), threads // at["threads"], 65536 // (128 * at["threads"]))
+        assert at["blocks"] <= (processors - spare) * at_once, at
 
 
 LENGTH = st.integers(1, 40) | st.integers(1, 3000) | st.sampled_from([2**k + d for k in range(4, 21) for d in (-1, 0, 1)])
@@ -178,7 +204,7 @@ def questions(draw: st.DrawFn, length: st.SearchStrategy[int], width: st.SearchS
     S = draw(length)
     return Question(
         scope, draw(length), C, S, groups, draw(st.sampled_from(["nchw", NHWC])), draw(st.sampled_from(TYPES)), step,
-        draw(st.sampled_from([None, "single_pass", "two_pass"])) if step in WHOLE_STEPS else None,
+        draw(st.sampled_from([None, "single_pass", "two_pass", "cluster", "group"])) if step in WHOLE_STEPS else None,
         draw(st.booleans()), scope == CHANNEL and draw(st.booleans()), scope != CHANNEL or draw(st.booleans()),
         draw(st.sampled_from([None, "pre_act", "post_act"])), draw(st.integers(0, 1)), draw(st.sampled_from(list(DEVICES.values()))),
     )  # fmt: skip
@@ -206,7 +232,7 @@ def test_edges_are_legal(scope: str, layout: str, step: str, device: str) -> Non
     for N, C, S in shapes:
         for dtype in TYPES:
             for groups in (1, C) if scope == SAMPLE_GROUP else (1,):
-                for route in (None, "single_pass", "two_pass"):
+                for route in (None, "single_pass", "two_pass", "cluster", "group"):
                     check_legal(
                         Question(scope, N, C, S, groups, layout, dtype, step, route, device=DEVICES[device]), launchable=N * C * S < 2**31
                     )
@@ -233,11 +259,11 @@ SHORT = st.integers(1, 9) | st.integers(1, 70)
     q=questions(SHORT, st.integers(1, 9)),
     processors=st.integers(1, 40),
     shared=st.sampled_from([40000, 65536, 232448]),
-    columns=st.booleans(),
+    largest=st.sampled_from([1, 8]),
 )
-def test_every_element_is_met_once(q: Question, processors: int, shared: int, columns: bool) -> None:
+def test_every_element_is_met_once(q: Question, processors: int, shared: int, largest: int) -> None:
     """By some thread of some slab, in a vector that knows its set, channel and place in the mask, forth and back."""
-    q = replace(q, device=(processors, shared, 233472, 2048))
+    q = replace(q, device=(processors, shared, 233472, 2048, largest, 0))
     check_covered(q)
     q = replace(q, step="norm_act_backward", columns=True)
     if q.scope == POSITION and walks().plan(q)["columns_pass"]:
@@ -245,7 +271,7 @@ def test_every_element_is_met_once(q: Question, processors: int, shared: int, co
 
 
 @pytest.mark.parametrize("step", WHOLE_STEPS)
-@pytest.mark.parametrize("route", ["single_pass", "two_pass"])
+@pytest.mark.parametrize("route", ["single_pass", "two_pass", "cluster", "group"])
 @pytest.mark.parametrize(
     "q",
     [
@@ -263,7 +289,7 @@ def test_every_element_is_met_once(q: Question, processors: int, shared: int, co
 )
 def test_large_ones_are_met_once(q: Question, route: str, step: str) -> None:
     for dtype in (torch.float16, torch.float32, torch.float64):
-        for device in ((2, 40000, 65536, 512), DEVICES["H200"]):
+        for device in ((2, 40000, 65536, 512, 8, 0), (2, 40000, 65536, 512, 1, 0), DEVICES["H200"]):
             asked = replace(q, route=route, step=step, dtype=dtype, device=device)
             check_covered(asked)
             if step == "norm_act_backward" and walks().plan(asked)["columns_pass"]:
@@ -306,7 +332,7 @@ def expected_spot(at: dict[str, Any], V: int, unit: int, thread: int, step: int)
 
 
 @pytest.mark.parametrize("step", WHOLE_STEPS)
-@pytest.mark.parametrize("route", ["single_pass", "two_pass"])
+@pytest.mark.parametrize("route", ["single_pass", "two_pass", "cluster", "group"])
 @pytest.mark.parametrize("layout", ["nchw", NHWC])
 @pytest.mark.parametrize(
     ("scope", "groups"),
@@ -399,13 +425,80 @@ def test_the_library_tells_the_same_plan(device: torch.device) -> None:
             choose.choice(SCOPES), choose.randint(1, 300), 12 * choose.randint(1, 99), choose.randint(1, 5000), 1,
             choose.choice(["nchw", NHWC]), choose.choice(TYPES), choose.choice(WHOLE_STEPS), device=choose.choice(list(DEVICES.values())),
         )  # fmt: skip
-        names = ("processors", "shared_bytes_per_block", "shared_bytes_per_processor", "threads_per_processor")
-        told = loaded.describe(q.problem, q.step, 7, dict(zip(names, q.device, strict=True)), True)
+        told = loaded.describe(q.problem, q.step, 7, dict(zip(LIMITS, q.device, strict=True)), True)
         assert told is not None
         at = walks().plan(q)
-        same = ("blocks", "threads", "team", "teams", "steps", "batch", "resident", "slice", "chunks", "shared_bytes")
+        same = ("blocks", "threads", "team", "teams", "steps", "batch", "resident", "slice", "chunks", "shared_bytes", "groups")
         assert {name: told[name] for name in same} == {name: at[name] for name in same}
         assert told["route"] == ("single_pass", "two_pass", "apply")[at["route"]]
+
+
+def test_the_table_of_slabs_is_current(device: torch.device) -> None:
+    """docs/slabs.md is what this plan says; if not: python -m bench.slab_plans"""
+    loaded = _load.library()
+    assert loaded is not None
+    if loaded.module is None:
+        pytest.skip("the module was not built for this Python")
+    assert slab_plans.PAGE.read_text() == slab_plans.page(loaded)
+
+
+@pytest.mark.parametrize("layer", slab_plans.LAYERS, ids=lambda layer: layer.name)
+@pytest.mark.parametrize("step", WHOLE_STEPS)
+def test_what_fits_the_device_is_read_once(layer: slab_plans.Layer, step: str) -> None:
+    """On an H200: sets of up to 30 MB forward, of up to 15 MB backward (two inputs); and the larger ones as far as they fit."""
+    q = Question(layer.scope, layer.N, layer.C, layer.S, layer.groups, step=step)
+    at = walks().plan(q)
+    set_bytes = layer.tensor_bytes / layer.sets
+    assert at["route"] == 0
+    if set_bytes * (2 if "backward" in step else 1) <= 30e6:
+        assert at["read_x"] == 1, at
+    else:
+        assert at["read_x"] <= 1.05 * (2 - 30e6 / 2 / set_bytes), at
+
+
+def spoken_for(case: Case) -> tuple[str, ...]:
+    with forced(case.route, case.limits):
+        return explain(lambda x: F.instance_norm_act(x, act="relu", backend="cuda"), case.x).plan
+
+
+def test_explain_tells_the_owner(emulated: None) -> None:
+    case = Case(SAMPLE_GROUP, groups=2, shape=(1, 2, 200, 224), dtype=torch.float32, limits=(4, 80000, 162048, 512, 8, 0))
+    assert "a set to a cluster of 4 blocks" in spoken_for(case)[0]
+    case.limits = (4, 80000, 162048, 512, 1, 0)
+    assert "a set to 4 blocks that run together, 2 sets at a time" in spoken_for(case)[0]
+
+
+def test_processors_to_spare(emulated: None) -> None:
+    """Of those that run together only; a device that is all spared still has one."""
+    case = Case(SAMPLE_GROUP, groups=2, shape=(1, 2, 200, 224), dtype=torch.float32, limits=(4, 80000, 162048, 512, 1, 0))
+    try:
+        for spare, blocks in ((0, 8), (2, 4), (99, 2)):
+            normfused.set_spare_processors(spare)
+            case.check()
+            assert f" {blocks} blocks of 256 threads" in spoken_for(case)[0], spoken_for(case)
+    finally:
+        normfused.set_spare_processors(0)
+
+
+@pytest.mark.parametrize(("count", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_wrong_processors_to_spare(count: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"set_spare_processors: count must .*, got"):
+        normfused.set_spare_processors(count)
+
+
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_a_group_without_room_takes_two_launches(act: str, machine: Machine, emulated: None) -> None:
+    """The device says that a cooperative grid is too large: other work holds its processors. The same call then runs without."""
+    case = Case(SAMPLE_GROUP, groups=2, shape=(1, 4, 160, 200), act=act, residual="pre_act", limits=None)
+    launches = []
+    with forced(None, (4, 80000, 162048, 512, 1, 0)):
+        for processors in (4, 1):
+            with machine.mode(traffic=True):
+                machine.c.nf_emulation_limits(processors, 80000, 162048)
+                case.check()
+                launches.append([kernel["kernel"] for kernel in machine.counters()["kernels"]])
+    assert launches[0] == ["single_pass", "grad_single_pass"]
+    assert launches[1] == ["moments", "apply", "grad_moments", "grad_apply", "grad_parameters"]
 
 
 def test_what_is_refused_says_so(device: torch.device) -> None:

@@ -15,7 +15,7 @@ import torch
 from normfused.problem import CHANNEL, NHWC, POSITION, PRE_NORM, RMS, SAMPLE_GROUP
 
 from ..support import cases
-from .cases import SMALL, TINY, Case, Machine
+from .cases import CRAMPED, FEW, ROOMY, SMALL, TINY, Case, Machine
 from .test_norm_act import IDS, ROWS
 from .test_steps import check_steps
 
@@ -32,6 +32,54 @@ REPRESENTATIVE: dict[str, dict[str, Any]] = {
     "wide rows, teams of warps, two": {"scope": SAMPLE_GROUP, "groups": 1, "shape": (2, 3, 2001), "route": "two_pass", "act": "silu"},
     "several sets to a block": {"scope": SAMPLE_GROUP, "groups": 12, "shape": (3, 12, 5, 3), "route": "single_pass", "act": "relu"},
     "several sets to a block, two": {"scope": SAMPLE_GROUP, "groups": 6, "shape": (3, 12, 5, 3), "route": "two_pass", "act": "relu"},
+    # ... which several blocks hold: of a cluster, or of groups that are on the device together, each with one set after the other
+    "cluster": {"scope": CHANNEL, "shape": (8, 3, 33, 64), "route": "cluster", "act": "relu", "residual": "pre_act", "tracked": True},
+    "cluster, several channels": {"scope": SAMPLE_GROUP, "groups": 2, "shape": (2, 6, 40, 65), "route": "cluster", "act": "prelu"},
+    "cluster, a block without rows": {"scope": SAMPLE_GROUP, "groups": 1, "shape": (2, 5, 16), "route": "cluster", "limits": FEW},
+    "groups of blocks": {"scope": CHANNEL, "shape": (8, 3, 33, 64), "route": "group", "act": "silu", "tracked": True, "momentum": None},
+    "groups of blocks, several channels": {"scope": SAMPLE_GROUP, "groups": 2, "shape": (3, 6, 40, 65), "route": "group", "act": "silu"},
+    "groups of blocks, the next slab on its way": {
+        "scope": CHANNEL,
+        "shape": (16, 5, 40, 64),
+        "route": "group",
+        "act": "relu",
+        "residual": "pre_act",
+        "tracked": True,
+        "limits": ROOMY,
+    },
+    "groups of blocks, the next slab on its way, several channels": {
+        "scope": SAMPLE_GROUP,
+        "groups": 2,
+        "shape": (3, 10, 67, 64),
+        "route": "group",
+        "act": "gelu",
+        "residual": "pre_act",
+        "limits": ROOMY,
+    },
+    "groups of blocks, partly resident": {
+        "scope": SAMPLE_GROUP,
+        "groups": 1,
+        "shape": (2, 3, 202, 201),
+        "route": "group",
+        "act": "relu",
+        "limits": CRAMPED,
+    },
+    "groups of blocks, partly resident, residual": {
+        "scope": CHANNEL,
+        "shape": (4, 2, 180, 181),
+        "route": "group",
+        "act": "silu",
+        "residual": "pre_act",
+        "limits": CRAMPED,
+    },
+    "groups of blocks, partly resident, mask": {
+        "scope": CHANNEL,
+        "shape": (4, 2, 120, 128),
+        "route": "group",
+        "act": "relu",
+        "residual": "pre_act",
+        "limits": CRAMPED,
+    },
     # narrow sets along columns: the same in NHWC
     "narrow columns, single": {"scope": CHANNEL, "shape": (3, 12, 8, 7), "layout": NHWC, "route": "single_pass", "act": "relu"},
     "narrow columns, two": {"scope": CHANNEL, "shape": (3, 12, 24, 21), "layout": NHWC, "route": "two_pass", "act": "prelu"},
@@ -91,7 +139,7 @@ def test_no_races(name: str, order: str, seed: int, machine: Machine) -> None:
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_no_races_of_any_type(name: str, dtype: torch.dtype, seed: int, machine: Machine) -> None:
     with machine.mode("starve", seed=seed, races=True):
-        make(name, dtype=dtype, limits=TINY if seed % 2 else SMALL).check()
+        make(name, dtype=dtype, **({} if "limits" in REPRESENTATIVE[name] else {"limits": TINY if seed % 2 else SMALL})).check()
 
 
 @pytest.mark.parametrize("layout", ["nchw", NHWC])

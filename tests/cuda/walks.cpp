@@ -17,7 +17,7 @@ simt::Thread thread;
 
 struct Question {
     int64_t scope, layout, type, N, C, S, groups, centred, batch_statistics, cumulative, residual_mode, act, step, needs, route, pool;
-    int64_t processors, shared_bytes_per_block, shared_bytes_per_processor, threads_per_processor;
+    int64_t processors, shared_bytes_per_block, shared_bytes_per_processor, threads_per_processor, largest_cluster, spare_processors;
     int64_t columns;  // the walk of the pass for parameters of position sets instead
 };
 
@@ -35,7 +35,8 @@ Problem problem_of(const Question& q) {
 
 Plan plan_of(const Question& q) {
     const Needs needs = {(q.needs & 1) != 0, (q.needs & 2) != 0, (q.needs & 4) != 0};
-    const Limits limits = {int(q.processors), int(q.shared_bytes_per_block), int(q.shared_bytes_per_processor), int(q.threads_per_processor)};
+    const Limits limits = {int(q.processors), int(q.shared_bytes_per_block), int(q.shared_bytes_per_processor), int(q.threads_per_processor),
+                           int(q.largest_cluster), int(q.spare_processors)};
     return choose_plan(problem_of(q), Step(q.step), needs, limits, q.pool, int(q.route));
 }
 
@@ -149,12 +150,13 @@ const char* nf_plan(const Question* q) {
                   "\"settles\": %d, \"outers\": %lld, \"period\": %lld, \"high_stride\": %lld, \"low_stride\": %lld, \"walk_rows\": %lld, \"row_stride\": %lld, "
                   "\"cols\": %lld, \"row_vectors\": %d, \"slice\": %lld, \"slices\": %lld, \"chunks\": %lld, \"chunk_rows\": %d, \"chunk_vectors\": %d, "
                   "\"vector_chunks\": %d, \"per_row\": %d, \"steps\": %d, \"units\": %lld, \"team\": %d, \"teams\": %d, \"sets_per_block\": %d, "
-                  "\"resident\": %d, \"phase_mask\": %d, \"batch\": %d}",
+                  "\"resident\": %d, \"phase_mask\": %d, \"batch\": %d, \"owner\": %d, \"groups\": %d, \"spare\": %d, \"read_x\": %.9g}",
                   int(plan.route), q->columns ? 0 : plan.wide, q->columns ? 0 : plan.rows, q->columns ? plan.columns_threads : plan.threads,
                   (long long)(q->columns ? w.units : plan.blocks), plan.shared_bytes, plan.scratch_offset, plan.columns_pass, plan.settles, (long long)w.outers,
                   (long long)w.period, (long long)w.high_stride, (long long)w.low_stride, (long long)w.rows, (long long)w.row_stride, (long long)w.cols,
                   w.row_vectors, (long long)w.slice, (long long)w.slices, (long long)w.chunks, w.chunk_rows, w.chunk_vectors, w.vector_chunks, w.per_row,
-                  w.steps, (long long)w.units, w.team, w.teams, w.sets_per_block, w.resident, w.phase_mask, plan.batch);
+                  w.steps, (long long)w.units, w.team, w.teams, w.sets_per_block, w.resident, w.phase_mask, plan.batch,
+                  int(plan.owner), plan.groups, w.spare, plan.read_x);
     return text;
 }
 }

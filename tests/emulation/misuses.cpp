@@ -167,6 +167,22 @@ void grid_barrier_missed(Arguments a) {
 void grid_barrier_not_at_rest(Arguments a) {
     sync_grid(a.word.advance(1));  // HERE grid_barrier_not_at_rest
 }
+void blocks_of_two_minds(Arguments a) {
+    sync_blocks(a.word, block_index() == 0 ? 2 : 3, block_index() == 0);  // HERE blocks_of_two_minds
+}
+void two_leaders(Arguments a) {
+    sync_blocks(a.word, 2, true);  // HERE two_leaders
+}
+void no_leader(Arguments a) {
+    sync_blocks(a.word, 2, false);  // HERE no_leader
+}
+// Pairs of blocks meet, and read what another pair wrote
+void blocks_unordered(Arguments a) {
+    const unsigned pair = block_index() / 2;
+    if (thread_index() == 0) a.y.store(block_index(), 1.0f);  // HERE blocks_unordered
+    sync_blocks(a.word.advance(pair ? 2 : 0), 2, block_index() % 2 == 0);
+    if (thread_index() == 0) a.y.load_coherent((block_index() + 2) % 4);  // HERE blocks_unordered
+}
 void more_arrivals_than_parties(Arguments a) {
     last_to_arrive(a.word.advance(1), 2);  // HERE more_arrivals_than_parties
 }
@@ -223,6 +239,14 @@ void copy_not_committed(Arguments a) {
 void copy_left_behind(Arguments a) {
     copy_async<4>(shared_at<float>(0, 128), 4 * thread_index(), a.x, 4 * thread_index());  // HERE copy_left_behind
     copy_async_commit();
+}
+void copy_over_a_copy(Arguments a) {
+    auto s = shared_at<float>(0, 128);
+    copy_async<4>(s, 4 * thread_index(), a.x, 4 * thread_index());
+    copy_async_commit();
+    copy_async<4>(s, 4 * thread_index(), a.x, 0);  // HERE copy_over_a_copy
+    copy_async_commit();
+    copy_async_wait<0>();
 }
 void misaligned_copy(Arguments a) {
     copy_async<4>(shared_at<float>(0, 128), 0, a.x, 2);  // HERE misaligned_copy
@@ -334,6 +358,17 @@ void alternating_grid_barriers(Arguments a) {
         sync_grid(a.word);
     }
 }
+// Groups of three blocks, at a word each
+void groups_of_blocks(Arguments a) {
+    const unsigned group = block_index() / 3, rank = block_index() % 3;
+    for (int k = 0; k < 3; ++k) {
+        if (thread_index() == 0) a.y.store(k * 16 + block_index(), float(k + rank));
+        sync_blocks(a.word.advance(group ? 2 : 0), 3, rank == unsigned(k));
+        float sum = 0;
+        for (unsigned other = 0; other < 3; ++other) sum += a.y.load_coherent(k * 16 + group * 3 + other);
+        if (sum != float(3 * k + 3)) a.word.advance(1000).store(0, 0);  // a fault
+    }
+}
 void arrivals_at_two_levels(Arguments a) {
     // Pairs of blocks, then the last of each pair
     if (thread_index() == 0) a.y.store(block_index(), 1.0f);
@@ -379,18 +414,19 @@ const Case cases[] = {
     NF_CASE(no_sync_before_reuse, 1, 64), NF_CASE(divergent_barrier, 1, 64), NF_CASE(barrier_missed, 1, 64),
     NF_CASE(one_barrier_more, 1, 64), NF_CASE(divergent_shuffle, 1, 32), NF_CASE(lanes_masked_out, 1, 32),
     NF_CASE(exit_before_shuffle, 1, 32), NF_CASE(shuffle_beyond_warp, 1, 16), NF_CASE(grid_barrier_in_plain_launch, 2, 32),
-    NF_CASE(grid_barrier_missed, 3, 32, true), NF_CASE(grid_barrier_not_at_rest, 3, 32, true), NF_CASE(more_arrivals_than_parties, 3, 32),
+    NF_CASE(grid_barrier_missed, 3, 32, true), NF_CASE(grid_barrier_not_at_rest, 3, 32, true), NF_CASE(blocks_of_two_minds, 3, 32, true), NF_CASE(two_leaders, 2, 32, true),
+    NF_CASE(no_leader, 2, 32, true), NF_CASE(blocks_unordered, 4, 32, true), NF_CASE(more_arrivals_than_parties, 3, 32),
     NF_CASE(late_of_an_earlier_block, 3, 32), NF_CASE(remote_before_first_barrier, 4, 32, false, 2),
     NF_CASE(remote_without_last_barrier, 4, 32, false, 2), NF_CASE(remote_unordered, 4, 32, false, 2),
     NF_CASE(rank_beyond, 4, 32, false, 2), NF_CASE(cluster_barrier_missed, 4, 32, false, 2), NF_CASE(copy_not_awaited, 1, 32),
-    NF_CASE(copy_not_committed, 1, 32), NF_CASE(copy_left_behind, 1, 32), NF_CASE(misaligned_copy, 1, 32),
+    NF_CASE(copy_not_committed, 1, 32), NF_CASE(copy_left_behind, 1, 32), NF_CASE(copy_over_a_copy, 1, 32), NF_CASE(misaligned_copy, 1, 32),
     NF_CASE(bulk_not_awaited, 1, 32), NF_CASE(bulk_too_few_bytes, 1, 32), NF_CASE(bulk_too_many_bytes, 1, 32),
     NF_CASE(bulk_not_initialised, 1, 32), NF_CASE(bulk_init_without_barrier, 1, 64), NF_CASE(bulk_odd_size, 1, 32),
     NF_CASE(bulk_out_left_behind, 1, 64), NF_CASE(stack_overflow, 1, 32), {"no_threads", nothing, 1, 0},
     {"too_many_threads", nothing, 1, 1025}, {"odd_clusters", nothing, 3, 32, false, 2},
     {"too_much_shared", nothing, 1, 32, false, 1, 300000}, {"cooperative_too_large", nothing, 1000, 1024, true},
     NF_CASE(many_readers_one_writer, 2, 64), NF_CASE(predicated_lanes, 1, 32), NF_CASE(alternating_grid_barriers, 4, 32, true),
-    NF_CASE(arrivals_at_two_levels, 8, 64), NF_CASE(votes, 2, 64), NF_CASE(partial_warp, 1, 50),
+    NF_CASE(groups_of_blocks, 6, 64, true), NF_CASE(arrivals_at_two_levels, 8, 64), NF_CASE(votes, 2, 64), NF_CASE(partial_warp, 1, 50),
 };
 
 }  // namespace

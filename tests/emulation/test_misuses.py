@@ -54,9 +54,13 @@ EXPECTED = {
     "lanes_masked_out": r"divergent: (sync_block|shuffle), with .* of the warp waiting in (shuffle|sync_block)",
     "exit_before_shuffle": r"exits with .* of the warp waiting in shuffle|shuffle, but lane 3 of the warp exited",
     "shuffle_beyond_warp": r"shuffle from lane 20 of a warp of 16",
-    "grid_barrier_in_plain_launch": r"sync_grid in a launch that is not cooperative",
-    "grid_barrier_missed": r"block 1 exits while others wait in sync_grid|sync_grid, but 1 blocks have exited",
-    "grid_barrier_not_at_rest": r"sync_grid on a word that is not at rest: 0x7",
+    "grid_barrier_in_plain_launch": r"sync_blocks in a launch that is not cooperative",
+    "grid_barrier_missed": r"deadlock: \d+ threads wait in sync_blocks at misuses.cpp:\d+ .*; 1 blocks have exited",
+    "grid_barrier_not_at_rest": r"sync_blocks on a word that is not at rest: 0x7",
+    "blocks_of_two_minds": r"sync_blocks of \d and of \d blocks on one word",
+    "two_leaders": r"sync_blocks with two leaders",
+    "no_leader": r"sync_blocks without a leader",
+    "blocks_unordered": r"race: this (load|store) of y\[\d\] is not ordered",
     "more_arrivals_than_parties": r"last_to_arrive of 2 parties on a word that is not at rest or had more: 0x7",
     "late_of_an_earlier_block": r"race: this (load|store) of y\[\d\] is not ordered",
     "remote_before_first_barrier": r"store in block \d's shared memory before the cluster's first barrier",
@@ -67,6 +71,7 @@ EXPECTED = {
     "copy_not_awaited": r"load of byte \d+ of block 0's shared memory, into which the copy at misuses.cpp:\d+ is not awaited",
     "copy_not_committed": r"into which the copy at misuses.cpp:\d+ is not awaited|exits before this copy was awaited",
     "copy_left_behind": r"exits before this copy was awaited",
+    "copy_over_a_copy": r"copy to byte \d+ of shared memory, into which the copy at misuses.cpp:\d+ is not awaited",
     "misaligned_copy": r"load of 4 elements at x\[2\], misaligned",
     "bulk_not_awaited": r"into which the copy at misuses.cpp:\d+ is not awaited",
     "bulk_too_few_bytes": r"deadlock: 1 threads wait in .*; a bulk barrier of block 0 lacks 0 arrivals and 64 bytes",
@@ -79,7 +84,7 @@ EXPECTED = {
 # What only the race check sees for sure
 RACES = {
     "same_element_twice", "other_blocks_element", "nobody_wrote", "no_sync_warp", "no_sync_block", "no_sync_before_reuse",
-    "own_read_hides_anothers", "remote_unordered", "late_of_an_earlier_block",
+    "own_read_hides_anothers", "remote_unordered", "late_of_an_earlier_block", "blocks_unordered",
     "in_place_unordered", "copy_not_awaited", "bulk_not_awaited", "bulk_init_without_barrier",
 }  # fmt: skip
 REFUSED = {"no_threads": 9, "too_many_threads": 9, "odd_clusters": 9, "too_much_shared": 1, "cooperative_too_large": 720}
@@ -89,6 +94,7 @@ RIGHT = [
     "in_place_ordered",
     "predicated_lanes",
     "alternating_grid_barriers",
+    "groups_of_blocks",
     "arrivals_at_two_levels",
     "partial_warp",
 ]

@@ -104,11 +104,13 @@ def test_each_launch_has_another_order(samples: Machine) -> None:
 def test_cooperative_grid_must_fit(samples: Machine) -> None:
     """Four blocks of 4 KB, and 1 KB that the system takes of each."""
     samples.mode()
-    for processors, shared_bytes, status in [(1, 4 * 5120 - 1024, 0), (1, 4 * 5120 - 1025, 720), (2, 2 * 5120 - 1024, 0), (132, 4095, 1)]:
-        samples.library.nf_emulation_limits(processors, shared_bytes)
+    for processors, of_block, of_processor, status in [
+        (1, 4096, 4 * 5120, 0), (1, 4096, 4 * 5120 - 1, 720), (2, 4096, 2 * 5120, 0), (132, 4095, 233472, 1),
+    ]:  # fmt: skip
+        samples.library.nf_emulation_limits(processors, of_block, of_processor)
         assert samples.run("run_sample", "whole_grid") == status
         assert status == 0 or "kernel whole_grid" in samples.message
-    samples.library.nf_emulation_limits(132, 232448)
+    samples.library.nf_emulation_limits(132, 232448, 233472)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -73,6 +73,7 @@ KINDS = [
     ),
     Kind("group, large", lambda c, b: nf.GroupNormAct(2, c, act="silu", backend=b), (2, 128, 256, 256), (2, 6, 33, 31)),
     Kind("instance", lambda c, b: nf.InstanceNormAct2d(c, act="tanh", affine=True, backend=b), (8, 64, 64, 64), (3, 6, 9, 5)),
+    Kind("instance, few sets", lambda c, b: nf.InstanceNormAct2d(c, act="relu", backend=b), (1, 4, 512, 512), (1, 2, 33, 31)),
     Kind("filter response", lambda c, b: nf.FilterResponseNorm2d(c, tlu=False, backend=b), (8, 64, 56, 56), (3, 6, 9, 5)),
     Kind("layer, rows", lambda c, b: nf.LayerNormAct(c, act="gelu", backend=b), (8192, 768), (19, 77)),
     Kind("layer, channels of maps", lambda c, b: nf.LayerNormAct(c, dim=1, backend=b), (16, 96, 56, 56), (3, 6, 9, 5)),

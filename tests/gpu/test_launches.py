@@ -39,9 +39,13 @@ def profiler(gpu: torch.device) -> torch.device:
     return gpu
 
 
-# Sets that fit a block of an H200 (228 KB): one launch each way. The sums over rows of layer norm's parameters take a second.
+# Sets that a block, a cluster or all blocks of an H200 together can hold: one launch each way. The sums over rows of layer norm's
+# parameters take a second.
 ONE_LAUNCH = {
     "batch": ["grad_single_pass"],
+    "batch+add, cumulative": ["grad_single_pass"],
+    "group, large": ["grad_single_pass"],
+    "instance, few sets": ["grad_single_pass"],
     "group": ["grad_single_pass"],
     "instance": ["grad_single_pass"],
     "filter response": ["grad_single_pass"],

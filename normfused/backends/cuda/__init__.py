@@ -13,8 +13,19 @@ from torch import Tensor
 
 from ...problem import NHWC, POSITION, POST_ACT, PRE_ACT, PRE_NORM, Problem
 from . import _load
+from ._load import set_spare_processors
 
-__all__ = ["apply", "grad_apply", "grad_moments", "mask_bytes", "moments", "norm_act", "norm_act_backward", "unavailable"]
+__all__ = [
+    "apply",
+    "grad_apply",
+    "grad_moments",
+    "mask_bytes",
+    "moments",
+    "norm_act",
+    "norm_act_backward",
+    "set_spare_processors",
+    "unavailable",
+]
 
 Needs = tuple[bool, bool, bool]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -127,6 +127,33 @@ def _state() -> _State:
     return _emulation() if _emulating() else _extension()
 
 
+_spare = 0
+
+
+def set_spare_processors(count: int) -> None:
+    """Multiprocessors that launches of blocks which wait for each other leave to kernels that run beside them, such as collectives.
+
+    A set of elements too large for a cluster of blocks is normalized by blocks that must all be on the device at one time. Where a
+    communication library keeps some multiprocessors busy, such a launch would wait for it; with as many to spare it does not.
+    Other launches are not affected, nor is the Triton backend.
+
+    Args:
+        count: of each device, 0 (the default) or more; at least one is used whatever the count.
+
+    Raises:
+        TypeError: not an integer. ValueError: negative.
+    """
+    global _spare
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise TypeError(f"set_spare_processors: count must be an int, got {type(count).__name__}")
+    if count < 0:
+        raise ValueError(f"set_spare_processors: count must not be negative, got {count}")
+    _spare = count
+    loaded = library()
+    if loaded is not None:
+        loaded.ops.set_spare_processors(count)
+
+
 # ---------------------------------------------------------------------------------------------------------- emulation
 def _emulation() -> _State:
     folder = _build.emulation_products()
@@ -213,6 +240,8 @@ def _load(folder: Path, found: dict[str, Any], emulated: bool) -> _State:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         command = "make emulation" if emulated else _build.COMMAND
         return _State(None, f"the CUDA extension does not load ({text}); build it again: {command}", found)
+    if _spare:
+        ops.set_spare_processors(_spare)
     return _State(Library(path, ops, emulated, found, _module(folder)), None, found)
 
 
