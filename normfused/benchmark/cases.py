@@ -89,13 +89,6 @@ class Case:
     def tensor_bytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
-    def floor_bytes(self, direction: str) -> int:
-        """Bytes that must move: every input read once, every output written once (the parameters are noise)."""
-        pre_norm, pre_act = self.residual == "pre_norm", self.residual == "pre_act"
-        forward = 2 + (2 if pre_norm else 1 if self.residual else 0)
-        backward = 3 + (1 if pre_norm else 2 if pre_act and self.act != "identity" else 0)
-        return self.tensor_bytes * (forward if direction == "forward" else forward + backward)
-
 
 def both(case: Case) -> list[Case]:
     """The case in both memory formats."""
