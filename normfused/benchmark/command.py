@@ -17,11 +17,11 @@ import normfused as nf
 from .. import _build
 from . import header as headers
 from . import networks, operators, report
-from .cases import CHANNELS_LAST, CONTIGUOUS, MATRIX, QUICK, Case, parse
+from .cases import CHANNELS_LAST, CONTIGUOUS, DTYPES, MATRIX, QUICK, Case, parse
 from .comparison import COMPILE, EAGER, is_ours
 from .providers import Provider, all_providers, names
 from .results import MODES, PASSES, NetworkRow, Results, folder_name
-from .screen import Screen, headline
+from .screen import Screen, headline, unsteady
 from .timing import ROUNDS, SMALL_BYTES
 
 # Unless others are named
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--full", action="store_true", help="the whole matrix")
     what.add_argument("--op", help="one operator, such as bn_relu, gn_silu, bn_add_relu, ln, rms")
     what.add_argument("--shape", help="of --op, such as 32x256x56x56")
-    what.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of --op (default: bf16 on a GPU, fp32 on a CPU)")
+    what.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of --op and --model (default: bf16 on a GPU, fp32 on a CPU)")
     what.add_argument("--layout", choices=(CONTIGUOUS, CHANNELS_LAST), default=CONTIGUOUS, help="of --op")
     what.add_argument("--groups", type=int, default=32, help="of --op gn")
     what.add_argument("--model", nargs="+", metavar="NETWORK", help="whole networks, or all")
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--json", type=Path, metavar="FILE", help="default: a new file in bench/results or normfused-bench")
     out.add_argument("--resume", type=Path, metavar="FILE", help="go on with this file; one that is not there yet is begun")
     out.add_argument("--plot", type=Path, nargs="?", const=Path(), metavar="FOLDER", help="tables and pictures too (default: beside them)")
+    out.add_argument("--details", action="store_true", help="every pass and provider on the screen, also of many cases")
     out.add_argument("--list", action="store_true", help="what can be timed here, by whom, and who is absent")
     return parser
 
@@ -251,21 +252,34 @@ def _run_networks(
         screen.say(f"  {row.network} batch {row.batch} {row.layout} {row.mode}, {row.norms}, {row.execution}: {figure}")
 
     try:
-        networks.run(waiting, device=device, batch=options.batch, small=True if options.quick else None, seconds=seconds, on_row=on_row)
+        networks.run(
+            waiting,
+            device=device,
+            batch=options.batch,
+            small=True if options.quick else None,
+            dtype=DTYPES[options.dtype] if options.dtype else None,
+            seconds=seconds,
+            on_row=on_row,
+        )
     except KeyboardInterrupt:
         results.header["interrupted"] = "Ctrl-C"
     results.save(path)
 
 
 def _finish(results: Results, path: Path, options: argparse.Namespace, screen: Screen) -> int:
-    screen.tables(results)
+    screen.tables(results, details=options.details)
+    screen.say("")
     for name, reason in results.absent.items():
         screen.say(f"absent: {name}: {reason}")
+    if noise := unsteady(results):
+        screen.say(noise)
+    if results.header["device"] == "cpu":
+        screen.say("On a CPU the layers run ATen's kernels, as torch.nn does: about 1 is to be expected. The fused kernels need a GPU.")
     if results.not_run:
         screen.say(f"{len(results.not_run)} cases or networks were not run; to go on: the same command with --resume {path}")
     if options.plot is not None:
         _write_report(path, path.with_suffix("") if options.plot == Path() else options.plot, screen)
-    screen.say(f"Results: {path}")
+    screen.say(f"Results: {report.shown(path)}")
     screen.say(f"headline: {headline(results)}")
     interrupted = results.header.get("interrupted")
     if interrupted == "Ctrl-C":
@@ -279,10 +293,11 @@ def _finish(results: Results, path: Path, options: argparse.Namespace, screen: S
 
 def _write_report(path: Path, folder: Path, screen: Screen) -> None:
     try:
-        for written in report.write([path], folder, folder / "pictures"):
-            screen.say(f"Report: {written}")
+        written = report.write([path], folder, folder / "pictures")
     except OSError as error:
         raise UserError(f"the report cannot be written to {folder}: {error.strerror or error}") from None
+    for line in report.lines(written):
+        screen.say(line)
 
 
 def _list(device: str) -> int:

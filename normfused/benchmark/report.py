@@ -18,11 +18,11 @@ from typing import Any
 from .. import _build
 from . import charts, traffic
 from .cases import HEADLINE, MATRIX
-from .comparison import COMPILE, EAGER, Comparison, comparisons, faster, headline, is_ours, network_comparisons
-from .results import OperatorRow, Results, by, folder_name
+from .comparison import Comparison, comparisons, faster, headline, is_ours, network_comparisons
+from .results import OperatorRow, Results, by, folder_name, is_results
 from .targets import TARGETS, judge
 
-__all__ = ["COMMAND", "default_files", "main", "write"]
+__all__ = ["COMMAND", "default_files", "lines", "main", "shown", "write"]
 
 COMMAND = "python -m normfused bench report"
 _FIRST = f"<!-- Written by `{COMMAND}`. Do not edit: run it again. -->"
@@ -52,6 +52,8 @@ def default_files() -> list[Path]:
     """The newest file of every device in a checkout's ``bench/results``, by the date in its header."""
     newest: dict[Path, tuple[str, Path]] = {}
     for path in sorted(_root().glob("bench/results/*/*.json")):
+        if not is_results(path):  # other commands keep theirs in the same folders
+            continue
         date = str(Results.load(path).header.get("date", ""))
         if path.parent not in newest or newest[path.parent] <= (date, path):
             newest[path.parent] = (date, path)
@@ -199,11 +201,6 @@ def _of_x(row: OperatorRow | None, field: str) -> str:
     return "–" if row is None or size is None else f"{size / (prod(row.shape) * charts.itemsize(row.dtype)):.2f}"
 
 
-def _fastest_peer(c: Comparison) -> OperatorRow | None:
-    peers = [r for name, r in c.rows.items() if not name.startswith((EAGER, COMPILE)) and not is_ours(name) and c.time_us(r)]
-    return min(peers, key=lambda r: c.time_us(r) or 0.0, default=None)
-
-
 def _name_and_us(c: Comparison, row: OperatorRow | None) -> str:
     return "–" if row is None else f"{row.provider} {_us(c, row)}"
 
@@ -223,7 +220,7 @@ def _operator(c: Comparison) -> list[str]:
         _us(c, ours),
         _factor(c.speedup(eager)),
         _factor(c.speedup(c.compiled)),
-        _name_and_us(c, _fastest_peer(c)),
+        _name_and_us(c, c.fastest_peer),
         _number(_of(ours, "gbps")),
         _number(_of(ours, "pct_copy")),
         _number(_of(ours, "launches")),
@@ -456,12 +453,26 @@ def _bytes(on_gpu: Sequence[_Section]) -> Iterator[str]:
                     cells.append(_number(ours.gbps) + ("" if ours.route in (None, route) else f" ({ours.route})"))
             rows.append(cells if measured else [*cells, "not measured"])
     head = ("case", "pass", "must move", "eager", "route", "asked for", "counted", "in sectors")
-    yield from _table((*head, *(f"GB/s, {s.name}" for s in on_gpu)) if on_gpu else (*head, "GB/s, GPU"), rows)
+    full_head = (*head, *(f"GB/s, {s.name}" for s in on_gpu)) if on_gpu else (*head, "GB/s, GPU")
+    yield from _folded(f"the headline cases: {len(rows)} passes", _table(full_head, rows))
 
 
 # ------------------------------------------------------------------------------------------------------------------- command
 def _root() -> Path:
     return _build.checkout() or Path.cwd()
+
+
+def shown(path: Path) -> Path:
+    """From the current folder, where it lies in it."""
+    absolute = path.resolve()
+    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute
+
+
+def lines(written: list[Path]) -> list[str]:
+    """What `write` returned, in words."""
+    pictures = [path for path in written if path.suffix == ".png"]
+    where = f"{len(pictures)} in {shown(pictures[0].parent)}" if pictures else "none; the page says why"
+    return [*(f"Report: {shown(path)}" for path in written if path not in pictures), f"Pictures: {where}"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -476,6 +487,5 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    for path in written:
-        print(path)
+    print("\n".join(lines(written)))
     return 0
