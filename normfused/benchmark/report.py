@@ -152,10 +152,13 @@ def _full_page(sections: Sequence[_Section], docs: Path) -> Iterator[str]:
 
 # -------------------------------------------------------------------------------------------------------------------- pieces
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield "|---" * len(head) + "|"
-    for row in rows:
-        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+    """Without columns in which no row has anything."""
+    listed = list(rows)
+    kept = [k for k in range(len(head)) if not listed or any(row[k] != "–" for row in listed)]
+    yield f"| {' | '.join(head[k] for k in kept)} |"
+    yield "|---" * len(kept) + "|"
+    for row in listed:
+        yield "| " + " | ".join(row[k].replace("|", "\\|").replace("\n", " ") for k in kept) + " |"
     yield ""
 
 
@@ -186,7 +189,7 @@ def _factor(value: float | None) -> str:
 
 
 def _us(c: Comparison, row: OperatorRow | None) -> str:
-    if row is None:
+    if row is None or (row.status == "refused" and not is_ours(row.provider)):  # peers' refusals are listed with their reasons
         return "–"
     return row.status if row.status != "ok" else _number(c.time_us(row))
 
