@@ -14,7 +14,6 @@ import torch
 
 import normfused as nf
 
-from .. import _build
 from . import header as headers
 from . import networks, operators, report
 from .cases import CHANNELS_LAST, CONTIGUOUS, DTYPES, MATRIX, QUICK, Case, parse
@@ -26,10 +25,6 @@ from .timing import ROUNDS, SMALL_BYTES
 
 # Unless others are named
 _ON_A_CPU = (EAGER, COMPILE, "timm", "normfused-torch")
-
-
-# Results, where there is no checkout to keep them
-OUTSIDE = Path("normfused-bench")
 
 
 class UserError(Exception):
@@ -177,10 +172,23 @@ def _file(options: argparse.Namespace, device: str) -> Path:
     return path
 
 
+def _pages(options: argparse.Namespace, path: Path) -> Path | None:
+    """Where the report goes, if one is asked for; UserError unless the folder can be made."""
+    if options.plot is None:
+        return None
+    folder: Path = path.with_suffix("") if options.plot == Path() else options.plot
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {folder}: {error.strerror}") from None
+    return folder
+
+
 def _new_file(options: argparse.Namespace, device: str) -> Path:
     """One that is not there yet; in bench/results of the checkout only what is a whole set of cases."""
-    root = None if options.op or options.model else _build.checkout()
-    folder = (OUTSIDE if root is None else root / "bench" / "results") / folder_name(headers.machine_name(device))
+    folder = (Path("normfused-bench") if options.op or options.model else report.results_folder()) / folder_name(
+        headers.machine_name(device)
+    )
     stem = f"{time.strftime('%Y-%m-%d', time.gmtime())}-{headers.commit()[0] or nf.__version__}"
     names = (f"{stem}{f'-{k}' if k > 1 else ''}.json" for k in itertools.count(1))
     return next(path for name in names if not (path := folder / name).exists())
@@ -198,11 +206,14 @@ def _bench(options: argparse.Namespace, device: str) -> int:
     started = time.monotonic()
     if options.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {options.rounds}")
+    if options.batch is not None and options.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {options.batch}")
     with_operators, with_networks = _parts(options)
     cases, called = _cases(options, device) if with_operators else ([], "")
     providers = _providers(options, device)
     chosen = _networks(options, device) if with_networks else []
     path = _file(options, device)
+    pages = _pages(options, path)
     before = _load(options.resume) if options.resume and options.resume.exists() else None
     screen = Screen()
     if options.resume and before is None:
@@ -231,7 +242,7 @@ def _bench(options: argparse.Namespace, device: str) -> int:
     if chosen and "interrupted" not in results.header:
         left = None if options.seconds is None else options.seconds - (time.monotonic() - started)
         _run_networks(results, chosen, options, device, left, path, screen)
-    return _finish(results, path, options, screen)
+    return _finish(results, path, pages, options, screen)
 
 
 def _run_networks(
@@ -266,7 +277,7 @@ def _run_networks(
     results.save(path)
 
 
-def _finish(results: Results, path: Path, options: argparse.Namespace, screen: Screen) -> int:
+def _finish(results: Results, path: Path, pages: Path | None, options: argparse.Namespace, screen: Screen) -> int:
     screen.tables(results, details=options.details)
     screen.say("")
     for name, reason in results.absent.items():
@@ -274,11 +285,13 @@ def _finish(results: Results, path: Path, options: argparse.Namespace, screen: S
     if noise := unsteady(results):
         screen.say(noise)
     if results.header["device"] == "cpu":
-        screen.say("On a CPU the layers run ATen's kernels, as torch.nn does: about 1 is to be expected. The fused kernels need a GPU.")
+        screen.say("On a CPU the layers run ATen's kernels, as torch.nn does: about 1 is to be expected, less in half types.")
+        screen.say("The fused kernels need a GPU.")
     if results.not_run:
         screen.say(f"{len(results.not_run)} cases or networks were not run; to go on: the same command with --resume {path}")
-    if options.plot is not None:
-        _write_report(path, path.with_suffix("") if options.plot == Path() else options.plot, screen)
+    if pages is not None:
+        for line in report.lines(report.write([path], pages, pages / "pictures")):
+            screen.say(line)
     screen.say(f"Results: {report.shown(path)}")
     screen.say(f"headline: {headline(results)}")
     interrupted = results.header.get("interrupted")
@@ -289,15 +302,6 @@ def _finish(results: Results, path: Path, options: argparse.Namespace, screen: S
     if bad:
         screen.say(f"{bad} figures of normfused are missing, as it was wrong or failed; see the table.")
     return 1 if bad or interrupted else 0
-
-
-def _write_report(path: Path, folder: Path, screen: Screen) -> None:
-    try:
-        written = report.write([path], folder, folder / "pictures")
-    except OSError as error:
-        raise UserError(f"the report cannot be written to {folder}: {error.strerror or error}") from None
-    for line in report.lines(written):
-        screen.say(line)
 
 
 def _list(device: str) -> int:

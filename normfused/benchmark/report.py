@@ -22,10 +22,11 @@ from .comparison import Comparison, comparisons, faster, headline, is_ours, netw
 from .results import OperatorRow, Results, by, folder_name, is_results
 from .targets import TARGETS, judge
 
-__all__ = ["COMMAND", "default_files", "lines", "main", "shown", "write"]
+__all__ = ["COMMAND", "OUTSIDE", "default_files", "lines", "main", "results_folder", "shown", "write"]
 
 COMMAND = "python -m normfused bench report"
 _FIRST = f"<!-- Written by `{COMMAND}`. Do not edit: run it again. -->"
+OUTSIDE = Path("normfused-bench")  # results, where there is no checkout to keep them
 _PASSES = {"forward": "fwd", "backward": "bwd", "forward_backward": "fwd + bwd"}
 _ALL_CASES = "all-speedup"  # in the names of charts that belong beside every measurement
 _FOLDED = 12  # rows of a table that is shown unfolded
@@ -49,9 +50,9 @@ class _Section:
 
 
 def default_files() -> list[Path]:
-    """The newest file of every device in a checkout's ``bench/results``, by the date in its header."""
+    """The newest file of every device, by the date in its header: of a checkout's ``bench/results``, else of ``normfused-bench`` here."""
     newest: dict[Path, tuple[str, Path]] = {}
-    for path in sorted(_root().glob("bench/results/*/*.json")):
+    for path in sorted(results_folder().glob("*/*.json")):
         if not is_results(path):  # other commands keep theirs in the same folders
             continue
         date = str(Results.load(path).header.get("date", ""))
@@ -461,8 +462,10 @@ def _bytes(on_gpu: Sequence[_Section]) -> Iterator[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------------- command
-def _root() -> Path:
-    return _build.checkout() or Path.cwd()
+def results_folder() -> Path:
+    """With a folder for every device."""
+    root = _build.checkout()
+    return OUTSIDE if root is None else root / "bench" / "results"
 
 
 def shown(path: Path) -> Path:
@@ -481,13 +484,20 @@ def lines(written: list[Path]) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0, or 2 with one sentence if a file cannot be read."""
     parser = argparse.ArgumentParser(prog=COMMAND, description="Writes performance.md, performance-full.md and charts from results files.")
-    parser.add_argument("files", nargs="*", type=Path, help="default: the newest of every device in bench/results")
+    parser.add_argument("files", nargs="*", type=Path, help="default: the newest of every device in bench/results or normfused-bench")
     parser.add_argument("--out", type=Path, help="default: docs/ in a checkout, else the current folder")
     given = parser.parse_args(arguments)
-    out = given.out or (_root() / "docs" if _build.checkout() else Path.cwd())
+    root = _build.checkout()
+    out = given.out or (Path.cwd() if root is None else root / "docs")
     try:
-        written = write(given.files or default_files(), out, out / "pictures")
-    except (OSError, ValueError) as error:
+        files = given.files or default_files()
+        if not files and root is None:  # a checkout's page says that nothing was measured
+            raise ValueError(f"no results in {results_folder()}: give files, or measure with python -m normfused bench")
+        written = write(files, out, out / "pictures")
+    except OSError as error:
+        print(f"report: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
     print("\n".join(lines(written)))

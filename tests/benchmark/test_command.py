@@ -141,6 +141,8 @@ def test_the_report_is_written_beside_the_results(
         (["--op", "bn_relu", "--shape", "2x4x5x5", "--providers", "normfused-cuda"], "normfused-cuda is absent"),
         (["--model", "resnet5000"], "unknown network resnet5000; known:"),
         (["--quick", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--model", "cyclegan", "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--quick", "--plot", "/proc/no"], "the report cannot be written to /proc/no: "),
         (["--quick", "--json", "."], "cannot be written to .: it is a folder"),
         (["--quick", "--json", "/proc/no/x.json"], "cannot be written to /proc/no/x.json"),
     ],
@@ -153,6 +155,15 @@ def test_users_errors_are_one_sentence(arguments: list[str], text: str, capsys: 
     assert text in printed.err
     assert len(printed.err.strip().splitlines()) == 1
     assert printed.err.startswith("bench: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"), [([], "no results in normfused-bench"), (["nosuch.json"], "report: nosuch.json: No such file or directory")]
+)
+def test_a_report_of_nothing(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("report", *arguments) == 2
+    assert text in capsys.readouterr().err
+    assert not Path("performance.md").exists()
 
 
 def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -329,7 +329,7 @@ def test_command_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_default_files_are_the_newest_of_each_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "_root", lambda: tmp_path)
+    monkeypatch.setattr(report, "results_folder", lambda: tmp_path / "bench/results")
     for folder, name, date in (("a", "1.json", "2026-01-03"), ("a", "2.json", "2026-01-02"), ("b", "1.json", "2025-01-01")):
         Results({**synthetic.CPU, "date": date}).save(tmp_path / "bench/results" / folder / name)
     for name, text in (("results.json", '{"stages": []}'), ("traffic.json", "[]"), ("notes.json", "no JSON")):
@@ -341,7 +341,7 @@ def test_default_files_are_the_newest_of_each_device(tmp_path: Path, monkeypatch
 def test_default_files_of_another_schema_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(report, "_root", lambda: tmp_path)
+    monkeypatch.setattr(report, "results_folder", lambda: tmp_path / "bench/results")
     path = tmp_path / "bench/results/a/1.json"
     Results(dict(synthetic.CPU)).save(path)
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 99'))
