@@ -83,7 +83,7 @@ def cells(found: Iterable[Comparison]) -> Iterator[tuple[str, ...]]:
                 _figure(faster(us, base), "{:.2f}x"),
                 f"{us:.1f}",
                 _figure(None if row.device_us is None else row.host_us, "{:.1f}"),
-                _figure(row.gbps, "{:.0f}"),
+                _figure(row.gbps, "{:.3g}"),
                 _figure(row.pct_copy, "{:.0f}"),
                 _figure(row.launches, "{}"),
                 _figure(row.peak_bytes, "{:.2f}", 1e-6),

@@ -366,9 +366,7 @@ TARGETS: tuple[Target, ...] = (
         "kernels with E[x^2] - E[x]^2",
         (
             every("of eager's error", lambda c: True, "any", _error_of_eager, 1, at_least=False, unit="x"),
-            unanswered(
-                "bits run to run: not among these rows; tests/gpu/test_bits.py compares them on a GPU, tests/cuda/test_races.py under emulation"
-            ),
+            unanswered("bits run to run: not among these rows; tests/gpu/test_bits.py compares them"),
         ),
     ),
     Target(
