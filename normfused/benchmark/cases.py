@@ -26,7 +26,7 @@ NORMS = {
     "frn": "frn",
     "bin": "batch_instance",
 }  # words of the command line -> Case.norm
-_DTYPES = {
+DTYPES = {
     **dict.fromkeys(("bf16", "bfloat16"), torch.bfloat16),
     **dict.fromkeys(("fp16", "float16", "half"), torch.float16),
     **dict.fromkeys(("fp32", "float32", "float"), torch.float32),
@@ -88,13 +88,6 @@ class Case:
     @property
     def tensor_bytes(self) -> int:
         return self.numel * self.dtype.itemsize
-
-    def floor_bytes(self, direction: str) -> int:
-        """Bytes that must move: every input read once, every output written once (the parameters are noise)."""
-        pre_norm, pre_act = self.residual == "pre_norm", self.residual == "pre_act"
-        forward = 2 + (2 if pre_norm else 1 if self.residual else 0)
-        backward = 3 + (1 if pre_norm else 2 if pre_act and self.act != "identity" else 0)
-        return self.tensor_bytes * (forward if direction == "forward" else forward + backward)
 
 
 def both(case: Case) -> list[Case]:
@@ -232,9 +225,9 @@ def parse(op: str, shape: str, dtype: str | torch.dtype = "bf16", layout: str = 
     sizes = tuple(int(size) for size in shape.split("x") if size.isdecimal())
     if len(sizes) != shape.count("x") + 1 or 0 in sizes:
         raise ValueError(f"parse: shape must be positive sizes joined by x, e.g. 32x256x56x56, got {shape!r}")
-    kind = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if kind is None or kind not in _DTYPES.values():
-        raise ValueError(f"parse: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if kind is None or kind not in DTYPES.values():
+        raise ValueError(f"parse: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if layout not in _LAYOUTS:
         raise ValueError(f"parse: layout must be one of {', '.join(_LAYOUTS)}, got {layout!r}")
     case = Case(

@@ -14,22 +14,17 @@ import torch
 
 import normfused as nf
 
-from .. import _build
 from . import header as headers
 from . import networks, operators, report
-from .cases import CHANNELS_LAST, CONTIGUOUS, MATRIX, QUICK, Case, parse
+from .cases import CHANNELS_LAST, CONTIGUOUS, DTYPES, MATRIX, QUICK, Case, parse
 from .comparison import COMPILE, EAGER, is_ours
 from .providers import Provider, all_providers, names
 from .results import MODES, PASSES, NetworkRow, Results, folder_name
-from .screen import Screen, headline
+from .screen import Screen, headline, unsteady
 from .timing import ROUNDS, SMALL_BYTES
 
 # Unless others are named
 _ON_A_CPU = (EAGER, COMPILE, "timm", "normfused-torch")
-
-
-# Results, where there is no checkout to keep them
-OUTSIDE = Path("normfused-bench")
 
 
 class UserError(Exception):
@@ -63,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--full", action="store_true", help="the whole matrix")
     what.add_argument("--op", help="one operator, such as bn_relu, gn_silu, bn_add_relu, ln, rms")
     what.add_argument("--shape", help="of --op, such as 32x256x56x56")
-    what.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of --op (default: bf16 on a GPU, fp32 on a CPU)")
+    what.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of --op and --model (default: bf16 on a GPU, fp32 on a CPU)")
     what.add_argument("--layout", choices=(CONTIGUOUS, CHANNELS_LAST), default=CONTIGUOUS, help="of --op")
     what.add_argument("--groups", type=int, default=32, help="of --op gn")
     what.add_argument("--model", nargs="+", metavar="NETWORK", help="whole networks, or all")
@@ -80,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--json", type=Path, metavar="FILE", help="default: a new file in bench/results or normfused-bench")
     out.add_argument("--resume", type=Path, metavar="FILE", help="go on with this file; one that is not there yet is begun")
     out.add_argument("--plot", type=Path, nargs="?", const=Path(), metavar="FOLDER", help="tables and pictures too (default: beside them)")
+    out.add_argument("--details", action="store_true", help="every pass and provider on the screen, also of many cases")
     out.add_argument("--list", action="store_true", help="what can be timed here, by whom, and who is absent")
     return parser
 
@@ -176,10 +172,23 @@ def _file(options: argparse.Namespace, device: str) -> Path:
     return path
 
 
+def _pages(options: argparse.Namespace, path: Path) -> Path | None:
+    """Where the report goes, if one is asked for; UserError unless the folder can be made."""
+    if options.plot is None:
+        return None
+    folder: Path = path.with_suffix("") if options.plot == Path() else options.plot
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {folder}: {error.strerror}") from None
+    return folder
+
+
 def _new_file(options: argparse.Namespace, device: str) -> Path:
     """One that is not there yet; in bench/results of the checkout only what is a whole set of cases."""
-    root = None if options.op or options.model else _build.checkout()
-    folder = (OUTSIDE if root is None else root / "bench" / "results") / folder_name(headers.machine_name(device))
+    folder = (Path("normfused-bench") if options.op or options.model else report.results_folder()) / folder_name(
+        headers.machine_name(device)
+    )
     stem = f"{time.strftime('%Y-%m-%d', time.gmtime())}-{headers.commit()[0] or nf.__version__}"
     names = (f"{stem}{f'-{k}' if k > 1 else ''}.json" for k in itertools.count(1))
     return next(path for name in names if not (path := folder / name).exists())
@@ -197,11 +206,14 @@ def _bench(options: argparse.Namespace, device: str) -> int:
     started = time.monotonic()
     if options.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {options.rounds}")
+    if options.batch is not None and options.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {options.batch}")
     with_operators, with_networks = _parts(options)
     cases, called = _cases(options, device) if with_operators else ([], "")
     providers = _providers(options, device)
     chosen = _networks(options, device) if with_networks else []
     path = _file(options, device)
+    pages = _pages(options, path)
     before = _load(options.resume) if options.resume and options.resume.exists() else None
     screen = Screen()
     if options.resume and before is None:
@@ -230,7 +242,7 @@ def _bench(options: argparse.Namespace, device: str) -> int:
     if chosen and "interrupted" not in results.header:
         left = None if options.seconds is None else options.seconds - (time.monotonic() - started)
         _run_networks(results, chosen, options, device, left, path, screen)
-    return _finish(results, path, options, screen)
+    return _finish(results, path, pages, options, screen)
 
 
 def _run_networks(
@@ -251,21 +263,36 @@ def _run_networks(
         screen.say(f"  {row.network} batch {row.batch} {row.layout} {row.mode}, {row.norms}, {row.execution}: {figure}")
 
     try:
-        networks.run(waiting, device=device, batch=options.batch, small=True if options.quick else None, seconds=seconds, on_row=on_row)
+        networks.run(
+            waiting,
+            device=device,
+            batch=options.batch,
+            small=True if options.quick else None,
+            dtype=DTYPES[options.dtype] if options.dtype else None,
+            seconds=seconds,
+            on_row=on_row,
+        )
     except KeyboardInterrupt:
         results.header["interrupted"] = "Ctrl-C"
     results.save(path)
 
 
-def _finish(results: Results, path: Path, options: argparse.Namespace, screen: Screen) -> int:
-    screen.tables(results)
+def _finish(results: Results, path: Path, pages: Path | None, options: argparse.Namespace, screen: Screen) -> int:
+    screen.tables(results, details=options.details)
+    screen.say("")
     for name, reason in results.absent.items():
         screen.say(f"absent: {name}: {reason}")
+    if noise := unsteady(results):
+        screen.say(noise)
+    if results.header["device"] == "cpu":
+        screen.say("On a CPU the layers run ATen's kernels, as torch.nn does: about 1 is to be expected, less in half types.")
+        screen.say("The fused kernels need a GPU.")
     if results.not_run:
         screen.say(f"{len(results.not_run)} cases or networks were not run; to go on: the same command with --resume {path}")
-    if options.plot is not None:
-        _write_report(path, path.with_suffix("") if options.plot == Path() else options.plot, screen)
-    screen.say(f"Results: {path}")
+    if pages is not None:
+        for line in report.lines(report.write([path], pages, pages / "pictures")):
+            screen.say(line)
+    screen.say(f"Results: {report.shown(path)}")
     screen.say(f"headline: {headline(results)}")
     interrupted = results.header.get("interrupted")
     if interrupted == "Ctrl-C":
@@ -275,14 +302,6 @@ def _finish(results: Results, path: Path, options: argparse.Namespace, screen: S
     if bad:
         screen.say(f"{bad} figures of normfused are missing, as it was wrong or failed; see the table.")
     return 1 if bad or interrupted else 0
-
-
-def _write_report(path: Path, folder: Path, screen: Screen) -> None:
-    try:
-        for written in report.write([path], folder, folder / "pictures"):
-            screen.say(f"Report: {written}")
-    except OSError as error:
-        raise UserError(f"the report cannot be written to {folder}: {error.strerror or error}") from None
 
 
 def _list(device: str) -> int:

@@ -59,6 +59,12 @@ class Comparison:
         """The fastest mode of torch.compile."""
         return self._best(COMPILE)
 
+    @cached_property
+    def fastest_peer(self) -> OperatorRow | None:
+        """Of the other libraries that were timed."""
+        peers = [r for name, r in self.rows.items() if not name.startswith((EAGER, COMPILE)) and not is_ours(name) and self.time_us(r)]
+        return min(peers, key=lambda r: self.time_us(r) or 0.0, default=None)
+
     @property
     def any(self) -> OperatorRow:
         return self.ours or next(iter(self.rows.values()))

@@ -32,9 +32,10 @@ def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
 class FRN(nn.Module):
     """Filter response norm as papers list it; the mean of squares in float32, as autocast has it (float16 would overflow in backward)."""
 
-    def __init__(self, channels: int, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, channels: int, eps: float = 1e-6, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight, self.bias = (nn.Parameter(torch.empty(channels, dtype=dtype)) for _ in range(2))
+        self.weight = nn.Parameter(torch.ones(channels, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(channels, dtype=dtype))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,9 +45,9 @@ class FRN(nn.Module):
 
 
 class PlainTLU(nn.Module):
-    def __init__(self, channels: int, dtype: torch.dtype) -> None:
+    def __init__(self, channels: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.tau = nn.Parameter(torch.empty(channels, dtype=dtype))
+        self.tau = nn.Parameter(torch.zeros(channels, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.max(x, _per_channel(self.tau, x))

@@ -18,14 +18,15 @@ from typing import Any
 from .. import _build
 from . import charts, traffic
 from .cases import HEADLINE, MATRIX
-from .comparison import COMPILE, EAGER, Comparison, comparisons, faster, headline, is_ours, network_comparisons
-from .results import OperatorRow, Results, by, folder_name
+from .comparison import Comparison, comparisons, faster, headline, is_ours, network_comparisons
+from .results import OperatorRow, Results, by, folder_name, is_results
 from .targets import TARGETS, judge
 
-__all__ = ["COMMAND", "default_files", "main", "write"]
+__all__ = ["COMMAND", "OUTSIDE", "default_files", "lines", "main", "results_folder", "shown", "write"]
 
 COMMAND = "python -m normfused bench report"
 _FIRST = f"<!-- Written by `{COMMAND}`. Do not edit: run it again. -->"
+OUTSIDE = Path("normfused-bench")  # results, where there is no checkout to keep them
 _PASSES = {"forward": "fwd", "backward": "bwd", "forward_backward": "fwd + bwd"}
 _ALL_CASES = "all-speedup"  # in the names of charts that belong beside every measurement
 _FOLDED = 12  # rows of a table that is shown unfolded
@@ -49,9 +50,11 @@ class _Section:
 
 
 def default_files() -> list[Path]:
-    """The newest file of every device in a checkout's ``bench/results``, by the date in its header."""
+    """The newest file of every device, by the date in its header: of a checkout's ``bench/results``, else of ``normfused-bench`` here."""
     newest: dict[Path, tuple[str, Path]] = {}
-    for path in sorted(_root().glob("bench/results/*/*.json")):
+    for path in sorted(results_folder().glob("*/*.json")):
+        if not is_results(path):  # other commands keep theirs in the same folders
+            continue
         date = str(Results.load(path).header.get("date", ""))
         if path.parent not in newest or newest[path.parent] <= (date, path):
             newest[path.parent] = (date, path)
@@ -150,10 +153,13 @@ def _full_page(sections: Sequence[_Section], docs: Path) -> Iterator[str]:
 
 # -------------------------------------------------------------------------------------------------------------------- pieces
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield "|---" * len(head) + "|"
-    for row in rows:
-        yield "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |"
+    """Without columns in which no row has anything."""
+    listed = list(rows)
+    kept = [k for k in range(len(head)) if not listed or any(row[k] != "–" for row in listed)]
+    yield f"| {' | '.join(head[k] for k in kept)} |"
+    yield "|---" * len(kept) + "|"
+    for row in listed:
+        yield "| " + " | ".join(row[k].replace("|", "\\|").replace("\n", " ") for k in kept) + " |"
     yield ""
 
 
@@ -184,7 +190,7 @@ def _factor(value: float | None) -> str:
 
 
 def _us(c: Comparison, row: OperatorRow | None) -> str:
-    if row is None:
+    if row is None or (row.status == "refused" and not is_ours(row.provider)):  # peers' refusals are listed with their reasons
         return "–"
     return row.status if row.status != "ok" else _number(c.time_us(row))
 
@@ -197,11 +203,6 @@ def _of(row: OperatorRow | None, field: str, unit: float = 1) -> float | None:
 def _of_x(row: OperatorRow | None, field: str) -> str:
     size = _of(row, field)
     return "–" if row is None or size is None else f"{size / (prod(row.shape) * charts.itemsize(row.dtype)):.2f}"
-
-
-def _fastest_peer(c: Comparison) -> OperatorRow | None:
-    peers = [r for name, r in c.rows.items() if not name.startswith((EAGER, COMPILE)) and not is_ours(name) and c.time_us(r)]
-    return min(peers, key=lambda r: c.time_us(r) or 0.0, default=None)
 
 
 def _name_and_us(c: Comparison, row: OperatorRow | None) -> str:
@@ -223,7 +224,7 @@ def _operator(c: Comparison) -> list[str]:
         _us(c, ours),
         _factor(c.speedup(eager)),
         _factor(c.speedup(c.compiled)),
-        _name_and_us(c, _fastest_peer(c)),
+        _name_and_us(c, c.fastest_peer),
         _number(_of(ours, "gbps")),
         _number(_of(ours, "pct_copy")),
         _number(_of(ours, "launches")),
@@ -456,26 +457,48 @@ def _bytes(on_gpu: Sequence[_Section]) -> Iterator[str]:
                     cells.append(_number(ours.gbps) + ("" if ours.route in (None, route) else f" ({ours.route})"))
             rows.append(cells if measured else [*cells, "not measured"])
     head = ("case", "pass", "must move", "eager", "route", "asked for", "counted", "in sectors")
-    yield from _table((*head, *(f"GB/s, {s.name}" for s in on_gpu)) if on_gpu else (*head, "GB/s, GPU"), rows)
+    full_head = (*head, *(f"GB/s, {s.name}" for s in on_gpu)) if on_gpu else (*head, "GB/s, GPU")
+    yield from _folded(f"the headline cases: {len(rows)} passes", _table(full_head, rows))
 
 
 # ------------------------------------------------------------------------------------------------------------------- command
-def _root() -> Path:
-    return _build.checkout() or Path.cwd()
+def results_folder() -> Path:
+    """With a folder for every device."""
+    root = _build.checkout()
+    return OUTSIDE if root is None else root / "bench" / "results"
+
+
+def shown(path: Path) -> Path:
+    """From the current folder, where it lies in it."""
+    absolute = path.resolve()
+    return absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute
+
+
+def lines(written: list[Path]) -> list[str]:
+    """What `write` returned, in words."""
+    pictures = [path for path in written if path.suffix == ".png"]
+    where = f"{len(pictures)} in {shown(pictures[0].parent)}" if pictures else "none; the page says why"
+    return [*(f"Report: {shown(path)}" for path in written if path not in pictures), f"Pictures: {where}"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 0, or 2 with one sentence if a file cannot be read."""
     parser = argparse.ArgumentParser(prog=COMMAND, description="Writes performance.md, performance-full.md and charts from results files.")
-    parser.add_argument("files", nargs="*", type=Path, help="default: the newest of every device in bench/results")
+    parser.add_argument("files", nargs="*", type=Path, help="default: the newest of every device in bench/results or normfused-bench")
     parser.add_argument("--out", type=Path, help="default: docs/ in a checkout, else the current folder")
     given = parser.parse_args(arguments)
-    out = given.out or (_root() / "docs" if _build.checkout() else Path.cwd())
+    root = _build.checkout()
+    out = given.out or (Path.cwd() if root is None else root / "docs")
     try:
-        written = write(given.files or default_files(), out, out / "pictures")
-    except (OSError, ValueError) as error:
+        files = given.files or default_files()
+        if not files and root is None:  # a checkout's page says that nothing was measured
+            raise ValueError(f"no results in {results_folder()}: give files, or measure with python -m normfused bench")
+        written = write(files, out, out / "pictures")
+    except OSError as error:
+        print(f"report: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    for path in written:
-        print(path)
+    print("\n".join(lines(written)))
     return 0

@@ -162,9 +162,18 @@ def _fits(value: Any, kind: str) -> bool:
     return isinstance(value, str)
 
 
+def is_results(path: Path) -> bool:
+    """Whether the file claims to be one of this module, of any schema; whether it is right is for `Results.load` to say."""
+    try:
+        given = json.loads(path.read_text())
+    except ValueError:
+        return False
+    return isinstance(given, dict) and {"schema", "header", "rows", "networks"} <= given.keys()
+
+
 def folder_name(machine: str) -> str:
-    """The folder of bench/results for a device's name: "NVIDIA H200" -> "h200"."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", machine.removeprefix("NVIDIA ")).strip("-").lower() or "unknown"
+    """The folder of bench/results for a device's name: "NVIDIA H200" -> "h200"; "(R)" and the like are left out."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", re.sub(r"\([A-Za-z]+\)", "", machine.removeprefix("NVIDIA "))).strip("-").lower() or "unknown"
 
 
 def by(rows: Iterable[Any], *keys: str) -> dict[tuple[Any, ...], list[Any]]:

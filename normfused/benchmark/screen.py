@@ -8,32 +8,59 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from .charts import label
 from .comparison import Comparison, comparisons, faster, network_comparisons
 from .operators import Event
-from .results import MODES, NetworkRow, Results
+from .results import MODES, OperatorRow, Results
 
 COLUMNS = ("case", "pass", "provider", "vs eager", "us", "host us", "GB/s", "% copy", "launches", "peak MB", "saved MB", "error")
-NETWORK_COLUMNS = ("network", "batch", "norms", "execution", "mode", "step ms", "images/s", "peak MB", "saved MB", "compile s")
+SUMMARY_COLUMNS = ("case", "eager us", "compile us", "normfused us", "vs eager", "vs compile", "fastest peer us", "% copy")
+NETWORK_COLUMNS = (
+    *("network", "input", "layout", "type", "mode", "execution", "norms", "step ms", "vs torch.nn", "samples/s", "peak MB", "saved MB"),
+    *("compile s",),
+)
+_NAMES = {"case", "pass", "input", "layout", "type", "mode", "execution"}  # said once above a table where they are the same in all lines
+_UNSTEADY = 0.1  # spread of the rounds in the middle case, from which times are not to be trusted
+
+
+def _training_steps(results: Results) -> tuple[str, list[Comparison]]:
+    """(pass, its comparisons): the whole training pass where it was timed, else what comes next to it."""
+    training = [c for c in comparisons(results) if c.mode == MODES[0]]
+    direction = max((c.direction for c in training), key=("backward", "forward", "forward_backward").index, default="")
+    return direction, [c for c in training if c.direction == direction]
 
 
 def headline(results: Results) -> str:
-    """What normfused gains, in one line: over the longest training pass that was timed, and of every network's step."""
-    training = [c for c in comparisons(results) if c.mode == MODES[0]]
-    # the whole pass where it was timed, else what comes next to it
-    direction = max((c.direction for c in training), key=("backward", "forward", "forward_backward").index, default="")
-    passes = [c for c in training if c.direction == direction]
+    """What normfused gains, in one line: over the longest training pass that was timed, and over networks with torch.nn's norms."""
+    direction, passes = _training_steps(results)
     parts = []
     for name, ratios in (("eager", [c.speedup(c.eager) for c in passes]), ("torch.compile", [c.speedup(c.compiled) for c in passes])):
         known = [r for r in ratios if r is not None]
         if known:
-            middle = statistics.median(known)
-            parts.append(f"{middle:.2f} times as fast as {name} (worst {min(known):.2f}, best {max(known):.2f}, {len(known)} cases)")
-    said = [f"normfused, {_spaced(direction)}, median: {' and '.join(parts)}"] if parts else []
-    for pair in network_comparisons(results.networks):
-        if pair.speedup is not None and pair.ours is not None:
-            row = pair.ours
-            said.append(f"{row.network} batch {row.batch} {row.layout} {row.mode} {row.execution}: {pair.speedup:.2f}x with it")
+            among = f" (median; worst {min(known):.2f}, best {max(known):.2f}, {len(known)} cases)" if len(known) > 1 else ""
+            parts.append(f"{statistics.median(known):.2f} times as fast as {name}{among}")
+    said = [f"normfused, {_spaced(direction)}: {' and '.join(parts)}"] if parts else []
+    gains = [c.speedup for c in network_comparisons(results.networks) if c.speedup is not None]
+    if gains:
+        said.append(f"networks {_from_to(gains)} times as fast as with torch.nn's norms")
     return "; ".join(said) or "no figure of normfused beside another's"
+
+
+def _from_to(values: Sequence[float]) -> str:
+    least, most = f"{min(values):.2f}", f"{max(values):.2f}"
+    return least if least == most else f"{least} to {most}"
+
+
+def unsteady(results: Results) -> str | None:
+    """A sentence where the rounds differ so much that something else must have been running."""
+    spreads = [s for s in (*(r.spread for r in results.rows), *(n.spread for n in results.networks)) if s is not None]
+    middle = statistics.median(spreads) if spreads else 0.0
+    if middle < _UNSTEADY:
+        return None
+    return (
+        f"The rounds differ by {middle:.0%} (interquartile, median over all figures): other programs may be running. "
+        "Ratios suffer less than times, as providers take turns."
+    )
 
 
 def _spaced(direction: str) -> str:
@@ -56,7 +83,7 @@ def cells(found: Iterable[Comparison]) -> Iterator[tuple[str, ...]]:
                 _figure(faster(us, base), "{:.2f}x"),
                 f"{us:.1f}",
                 _figure(None if row.device_us is None else row.host_us, "{:.1f}"),
-                _figure(row.gbps, "{:.0f}"),
+                _figure(row.gbps, "{:.3g}"),
                 _figure(row.pct_copy, "{:.0f}"),
                 _figure(row.launches, "{}"),
                 _figure(row.peak_bytes, "{:.2f}", 1e-6),
@@ -65,14 +92,45 @@ def cells(found: Iterable[Comparison]) -> Iterator[tuple[str, ...]]:
             )
 
 
-def network_cells(rows: Iterable[NetworkRow]) -> Iterator[tuple[str, ...]]:
-    for r in rows:
-        name = (r.network, str(r.batch), r.norms, r.execution, r.mode)
-        if r.status != "ok":
-            yield (*name, f"{r.status}: {r.reason}", *[""] * (len(NETWORK_COLUMNS) - 6))
-            continue
-        figures = (_figure(r.step_ms, "{:.2f}"), _figure(r.images_per_s, "{:.1f}"), _figure(r.peak_bytes, "{:.1f}", 1e-6))
-        yield (*name, *figures, _figure(r.saved_bytes, "{:.1f}", 1e-6), _figure(r.compile_s, "{:.1f}"))
+def summary_cells(found: Iterable[Comparison]) -> Iterator[tuple[str, ...]]:
+    """One line a case; wrong, failed and refused figures as that word."""
+    for c in found:
+        peer = c.fastest_peer
+        yield (
+            label(c.any),
+            *(_time(c, row) for row in (c.eager, c.compiled, c.ours)),
+            _figure(c.speedup(c.eager), "{:.2f}x"),
+            _figure(c.speedup(c.compiled), "{:.2f}x"),
+            "" if peer is None else f"{peer.provider} {_time(c, peer)}",
+            _figure(None if c.ours is None else c.ours.pct_copy, "{:.0f}"),
+        )
+
+
+def _time(c: Comparison, row: OperatorRow | None) -> str:
+    if row is None or row.status in ("refused", "absent"):
+        return ""
+    return _figure(c.time_us(row), "{:.1f}") or row.status
+
+
+def network_cells(results: Results) -> Iterator[tuple[str, ...]]:
+    """The lines of networks, torch.nn's above normfused's; failed ones with their reason in place of figures."""
+    for pair in network_comparisons(results.networks):
+        for r in (pair.theirs, pair.ours):
+            if r is None:
+                continue
+            name = (r.network, "x".join(map(str, r.shape)), r.layout, r.dtype, r.mode, r.execution, r.norms)
+            if r.status != "ok":
+                yield (*name, f"{r.status}: {r.reason}", *[""] * (len(NETWORK_COLUMNS) - len(name) - 1))
+                continue
+            yield (
+                *name,
+                _figure(r.step_ms, "{:.2f}"),
+                _figure(pair.speedup if r is pair.ours else None, "{:.2f}x"),
+                _figure(r.images_per_s, "{:.1f}"),
+                _figure(r.peak_bytes, "{:.1f}", 1e-6),
+                _figure(r.saved_bytes, "{:.1f}", 1e-6),
+                _figure(r.compile_s, "{:.1f}"),
+            )
 
 
 def _figure(value: float | None, pattern: str, unit: float | None = None) -> str:
@@ -124,16 +182,34 @@ class Screen:
 
             yield on_event
 
-    def tables(self, results: Results) -> None:
-        for columns, lines in ((COLUMNS, cells(comparisons(results))), (NETWORK_COLUMNS, network_cells(results.networks))):
-            self._table(columns, list(lines))
+    def tables(self, results: Results, details: bool = False) -> None:
+        """One line a case; every pass and provider where that is one case or ``details`` are asked for. Then the networks."""
+        found = comparisons(results)
+        direction, steps = _training_steps(results)
+        if details or len({c.case for c in found}) == 1 or not steps:
+            self._table("", COLUMNS, list(cells(found)))
+            if found:
+                self.say("GB/s: of the bytes that must move; % copy: of a copy's rate; error: 1 is the most that is allowed.")
+        else:
+            self._table(f"Training, {_spaced(direction)}, medians", SUMMARY_COLUMNS, list(summary_cells(steps)))
+            for text in dict.fromkeys(
+                f"{r.status}: {r.provider}, {label(r)}: {r.reason}" for r in results.rows if r.status in ("wrong", "failed")
+            ):
+                self.say(text)
+        self._table("Networks, a step", NETWORK_COLUMNS, list(network_cells(results)))
 
-    def _table(self, columns: Sequence[str], lines: list[tuple[str, ...]]) -> None:
+    def _table(self, title: str, columns: Sequence[str], lines: list[tuple[str, ...]]) -> None:
+        """Without columns that say nothing; names that are the same in all lines are said above."""
         if not lines:
             return
+        same = {k for k, name in enumerate(columns) if name in _NAMES and len({row[k] for row in lines}) == 1}
+        kept = [k for k in range(len(columns)) if k not in same and any(row[k] for row in lines)]
+        self.say("\n" + ", ".join([*([title] if title else []), *(lines[0][k] for k in sorted(same))]))
+        columns, lines = [columns[k] for k in kept], [tuple(row[k] for k in kept) for row in lines]
+        names = sum(name in _NAMES or name == "network" for name in columns)
         # a name that is the one of the line before is not said again
         shown = [
-            tuple("" if before and k < 2 and row[: k + 1] == before[: k + 1] else cell for k, cell in enumerate(row))
+            tuple("" if before and k < names and row[: k + 1] == before[: k + 1] else cell for k, cell in enumerate(row))
             for before, row in zip([None, *lines], lines, strict=False)
         ]
         if self.console is None:
@@ -154,7 +230,7 @@ class Screen:
 def _style(column: str, cell: str) -> str:
     if ": " in cell:
         return "red"
-    if column == "vs eager" and cell:
+    if column.startswith("vs ") and cell:
         ratio = float(cell.removesuffix("x"))
         return "green" if ratio >= 1.05 else "yellow" if ratio < 0.95 else ""
     return ""

@@ -278,7 +278,7 @@ TARGETS: tuple[Target, ...] = (
         "channels_last, slices a little too large (30 to 55 MB)",
         "<= 2.35T forward, <= 4.0T backward from DRAM",
         "kernels of two reads",
-        (unanswered("no row counts DRAM's bytes; `make gpu STAGES=ncu` does"),),
+        (unanswered("DRAM's bytes are not among these rows: ncu counts them, `make gpu STAGES=ncu`"),),
     ),
     Target(
         "P7",
@@ -335,7 +335,7 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "P12",
         "memory saved for the backward",
-        "x only (and a mask of T/16); SiLU, GELU: a third less than eager with y; in place: half",
+        "x only (and a mask of T/16); SiLU, GELU: a third less than eager with y; in place: half (normfused has no such mode)",
         "inplace_abn: half, 0.8 to 2 % slower",
         (
             every(
@@ -356,7 +356,7 @@ TARGETS: tuple[Target, ...] = (
                 at_least=False,
                 unit="x",
             ),
-            unanswered("in place: no such mode in the rows"),
+            unanswered("in place: not built"),
         ),
     ),
     Target(
@@ -366,7 +366,7 @@ TARGETS: tuple[Target, ...] = (
         "kernels with E[x^2] - E[x]^2",
         (
             every("of eager's error", lambda c: True, "any", _error_of_eager, 1, at_least=False, unit="x"),
-            unanswered("bits run to run: no row; tests/cuda/test_races.py holds them under emulation"),
+            unanswered("bits run to run: not among these rows; tests/gpu/test_bits.py compares them"),
         ),
     ),
     Target(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ def test_one_operator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     said = capsys.readouterr().out
     found = Results.load(path)
     assert {r.provider for r in found.rows} == {"eager", "normfused-torch"}
-    assert f"Results: {path}" in said
+    assert "Results: new/x.json" in said
     assert "training forward + backward" in said
-    assert said.strip().splitlines()[-1].startswith("headline: normfused, forward + backward, median:")
+    assert said.strip().splitlines()[-1].startswith("headline: normfused, forward + backward: ")
     assert "\x1b" not in said, "nobody watches: plain text"
 
 
@@ -110,7 +111,7 @@ def test_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     arguments = ("--device", "cpu", "--model", "cyclegan", "nnunet", "--providers", "eager", "--resume", path)
     assert bench(*arguments) == 0
     assert Results.load(path).not_run == ["nnunet"]
-    assert "cyclegan batch 2 contiguous training eager: 1.50x with it" in capsys.readouterr().out
+    assert "headline: networks 1.50 times as fast as with torch.nn's norms" in capsys.readouterr().out
     assert bench(*arguments) == 0
     assert asked == [["cyclegan", "nnunet"], ["nnunet"]]
     assert len(Results.load(path).networks) == 4
@@ -140,6 +141,8 @@ def test_the_report_is_written_beside_the_results(
         (["--op", "bn_relu", "--shape", "2x4x5x5", "--providers", "normfused-cuda"], "normfused-cuda is absent"),
         (["--model", "resnet5000"], "unknown network resnet5000; known:"),
         (["--quick", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--model", "cyclegan", "--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--quick", "--plot", "/proc/no"], "the report cannot be written to /proc/no: "),
         (["--quick", "--json", "."], "cannot be written to .: it is a folder"),
         (["--quick", "--json", "/proc/no/x.json"], "cannot be written to /proc/no/x.json"),
     ],
@@ -152,6 +155,15 @@ def test_users_errors_are_one_sentence(arguments: list[str], text: str, capsys: 
     assert text in printed.err
     assert len(printed.err.strip().splitlines()) == 1
     assert printed.err.startswith("bench: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"), [([], "no results in normfused-bench"), (["nosuch.json"], "report: nosuch.json: No such file or directory")]
+)
+def test_a_report_of_nothing(arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("report", *arguments) == 2
+    assert text in capsys.readouterr().err
+    assert not Path("performance.md").exists()
 
 
 def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +215,37 @@ def test_the_table_shows_what_is_wrong_and_no_figure_of_it() -> None:
     assert found["compile"][3] == "wrong: 7 times the allowed error in dx"
     assert not any(found["compile"][4:])
     assert "timm" not in found
+
+
+def test_many_cases_have_a_line_each_and_details_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    other = [replace(r, case="other", shape=(4, 4, 5, 5)) for r in rows()]
+    results = Results({"device": "cpu"}, [*rows(), *other])
+    screen.Screen().tables(results)
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    assert lines[1] == "Training, forward, medians"
+    assert [line.split()[-2:] for line in lines[3:5]] == [["20.0", "1.50x"]] * 2
+    assert "wrong: compile, " in said
+    assert max(map(len, lines)) <= 100
+    screen.Screen().tables(results, details=True)
+    assert "training forward" in capsys.readouterr().out
+
+
+def test_networks_stand_beside_torch_nn() -> None:
+    pair = [
+        NetworkRow("nnunet", 2, (2, 1, 8, 8, 8), "contiguous", "float32", "training", norms, "eager", step_ms=ms)
+        for norms, ms in (("normfused", 2.0), ("torch.nn", 3.0))
+    ]
+    first, second = screen.network_cells(Results({"device": "cpu"}, networks=pair))
+    assert (first[6:9], second[6:9]) == (("torch.nn", "3.00", ""), ("normfused", "2.00", "1.50x"))
+
+
+def test_a_restless_machine_is_told_of() -> None:
+    def of(spread: float) -> str | None:
+        return screen.unsteady(Results({}, [replace(r, spread=spread) for r in rows()]))
+
+    assert of(0.02) is None
+    assert "The rounds differ by 40%" in (of(0.4) or "")
 
 
 def test_the_line_of_a_case() -> None:

@@ -315,9 +315,10 @@ def test_label(case: Case, text: str) -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     synthetic.cpu().save(tmp_path / "r.json")
     assert report.main([str(tmp_path / "r.json"), "--out", str(tmp_path / "out")]) == 0
-    printed = capsys.readouterr().out.split()
-    assert str(tmp_path / "out" / "performance.md") in printed
-    assert all(Path(p).exists() for p in printed)
+    *pages, pictures = capsys.readouterr().out.splitlines()
+    assert pages == [f"Report: {tmp_path / 'out' / name}" for name in ("performance.md", "performance-full.md")]
+    found = list((tmp_path / "out" / "pictures").glob("*.png"))
+    assert pictures == (f"Pictures: {len(found)} in {tmp_path / 'out' / 'pictures'}" if found else "Pictures: none; the page says why")
 
 
 def test_command_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,11 +329,24 @@ def test_command_refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_default_files_are_the_newest_of_each_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "_root", lambda: tmp_path)
+    monkeypatch.setattr(report, "results_folder", lambda: tmp_path / "bench/results")
     for folder, name, date in (("a", "1.json", "2026-01-03"), ("a", "2.json", "2026-01-02"), ("b", "1.json", "2025-01-01")):
         Results({**synthetic.CPU, "date": date}).save(tmp_path / "bench/results" / folder / name)
+    for name, text in (("results.json", '{"stages": []}'), ("traffic.json", "[]"), ("notes.json", "no JSON")):
+        (tmp_path / "bench/results/a" / name).write_text(text)
     found = report.default_files()
     assert found == [tmp_path / "bench/results/a/1.json", tmp_path / "bench/results/b/1.json"]
+
+
+def test_default_files_of_another_schema_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "results_folder", lambda: tmp_path / "bench/results")
+    path = tmp_path / "bench/results/a/1.json"
+    Results(dict(synthetic.CPU)).save(path)
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 99'))
+    assert report.main(["--out", str(tmp_path / "out")]) == 2
+    assert f"{path}: results: schema must be 1, got 99" in capsys.readouterr().err
 
 
 def test_network_without_its_pair() -> None:
@@ -347,7 +361,7 @@ def test_committed_page_is_generated() -> None:
     """With the command in the first line, and of results that are committed: a page of a GPU needs its file."""
     page = (ROOT / "docs/performance.md").read_text()
     assert page.startswith(f"<!-- Written by `{report.COMMAND}`.")
-    files = [Results.load(path) for path in ROOT.glob("bench/results/*/*.json")]
+    files = [Results.load(path) for path in report.default_files()]
     on_gpu = any(results.header.get("device") == "cuda" for results in files)
     assert ("No figure here is from a GPU" in page) != on_gpu
 

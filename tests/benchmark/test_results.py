@@ -99,7 +99,7 @@ def test_no_json_is_refused_with_the_file(tmp_path: Path) -> None:
 def test_folder_name() -> None:
     assert folder_name("NVIDIA H200") == "h200"
     assert folder_name("NVIDIA GeForce RTX 4090") == "geforce-rtx-4090"
-    assert folder_name("Intel(R) Xeon(R) CPU @ 2.0GHz") == "intel-r-xeon-r-cpu-2-0ghz"
+    assert folder_name("Intel(R) Xeon(R) CPU @ 2.0GHz") == "intel-xeon-cpu-2-0ghz"
     assert folder_name("..") == "unknown"
 
 
