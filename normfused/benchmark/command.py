@@ -69,7 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--directions", nargs="+", choices=PASSES, default=list(PASSES))
     how.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="eval: forward without grad")
     how.add_argument("--rounds", type=int, default=ROUNDS, help="figures are medians over these (default: %(default)s)")
-    how.add_argument("--seconds", type=float, help="no case is begun after these; the rest is left for --resume")
+    how.add_argument(
+        "--seconds",
+        type=float,
+        help="no case is begun after these, the rest is left for --resume; torch.compile then runs on the headline only",
+    )
     how.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     out = parser.add_argument_group("results")
     out.add_argument("--json", type=Path, metavar="FILE", help="default: a new file in bench/results or normfused-bench")

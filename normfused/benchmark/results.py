@@ -92,7 +92,7 @@ class Results:
         """Whole or not at all: written beside the file and moved into place."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".part")
-        draft.write_text(json.dumps(_rounded(asdict(self)), indent=1) + "\n")
+        draft.write_text(_text(_rounded(asdict(self))))
         draft.replace(path)
 
     @classmethod
@@ -110,6 +110,15 @@ class Results:
             given["absent"],
             given["not_run"],
         )
+
+
+def _text(given: dict[str, Any]) -> str:
+    """A row to a line: a full matrix has thousands, and versions of a file are compared by lines."""
+    parts = []
+    for key, value in given.items():
+        lines = [json.dumps(row) for row in value] if key in ("rows", "networks") else []
+        parts.append(f'"{key}": ' + ("[\n" + ",\n".join(lines) + "\n]" if lines else json.dumps(value, indent=1)))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _row(kind: type, given: dict[str, Any]) -> Any:
