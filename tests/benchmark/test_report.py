@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from normfused.benchmark.targets import NOT_MEASURED, TARGETS, Verdict, judge
 from . import synthetic
 
 ROOT = Path(__file__).parents[2]
+drawn = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="pictures need matplotlib")
 SOME = MATRIX[:6]
 
 
@@ -180,6 +182,7 @@ def test_nothing_measured(tmp_path: Path) -> None:
     assert "| must move |" in page
 
 
+@drawn
 def test_results_without_rows(tmp_path: Path) -> None:
     page, _ = written(tmp_path, Results(dict(synthetic.CPU)))
     assert "No training step was measured." in page
@@ -217,6 +220,7 @@ def test_a_gpu(tmp_path: Path) -> None:
     assert full.count("| training |") >= len(SOME) * len(PASSES)
 
 
+@drawn
 def test_pictures_are_embedded_and_there(tmp_path: Path) -> None:
     page, full = written(tmp_path, synthetic.gpu(SOME))
     links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page + full)
@@ -258,6 +262,7 @@ def test_nothing_negative_is_said_so(tmp_path: Path) -> None:
     assert "Nothing of what was measured." in section(page, "Where normfused is slower, larger or wrong")
 
 
+@drawn
 def test_same_rows_same_bytes(tmp_path: Path) -> None:
     given = [synthetic.gpu(SOME), synthetic.cpu()]
     first = written(tmp_path, *given, name="a")
@@ -269,6 +274,7 @@ def test_same_rows_same_bytes(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------- charts
+@drawn
 def test_empty_results_give_reasons_and_no_file(tmp_path: Path) -> None:
     files, reasons = charts.drawn(Results(dict(synthetic.GPU)), tmp_path / "none")
     assert files == []
@@ -285,6 +291,7 @@ def test_without_matplotlib_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
     assert "| chart: charts | matplotlib is not installed: pip install matplotlib |" in page
 
 
+@drawn
 def test_no_picture_has_too_many_bars(tmp_path: Path) -> None:
     results = synthetic.gpu(c for c in MATRIX if c.norm == "frn" or c.norm == "batch_instance")
     names = [p.name for p in charts.draw(results, tmp_path)]
@@ -292,6 +299,7 @@ def test_no_picture_has_too_many_bars(tmp_path: Path) -> None:
     assert sum(name.startswith("all-speedup") for name in names) == -(-cases // 24)
 
 
+@drawn
 def test_not_finite_errors_are_drawn(tmp_path: Path) -> None:
     results = synthetic.gpu(SOME[:1])
     results.rows[0].err_of_allowed = float("nan")
