@@ -161,6 +161,16 @@ def test_the_largest_block_fits(baseline: dict[str, Any]) -> None:
         assert resources.blocks_per_processor(usage.registers, resources.largest_block(name)) >= 1, (name, sm)
 
 
+def test_two_blocks_of_a_group_fit_a_processor(baseline: dict[str, Any]) -> None:
+    """As plan.h counts on: a cooperative launch of more blocks than fit would be refused."""
+    met = 0
+    for name, sm, usage in resources.usages(baseline):
+        if resources.family(name) in ("single_pass", "grad_single_pass") and "wide/rows" in name:
+            assert resources.blocks_per_processor(usage.registers, 256) >= 2, (name, sm, usage.registers)
+            met += 1
+    assert met == 2 * 3 * (3 * 4 + 1)  # directions, architectures; four activations of three types and one of float64
+
+
 def test_streams_are_wide(baseline: dict[str, Any]) -> None:
     """What passes over tensors of x's size has accesses of 16 bytes for it."""
     narrow = []
