@@ -258,9 +258,13 @@ NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, c
     }
 }
 
+// The instantiation that activations share has no register to spare for it: it takes the ends of rows element by element
+template <int kAct> constexpr bool clears_outside = kAct != any_act;
+
 // Asks for batch b of the walk that ``cursor`` is at, all but its bits
-template <class T, bool kWide, int K> NF_DEVICE void ask_gradients(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing,
-                                                                   typename Slab<T, kWide>::Cursor& cursor, int b) {
+template <int kAct, class T, bool kWide, int K> NF_DEVICE void ask_gradients(const Call& call, const Slab<T, kWide>& slab,
+                                                                             const Landing<K>& landing,
+                                                                             typename Slab<T, kWide>::Cursor& cursor, int b) {
     const Arguments& t = call.tensors;
     if (b < landing.last) {
         const GradientStash<T, K> stash(call, landing);
@@ -269,9 +273,9 @@ template <class T, bool kWide, int K> NF_DEVICE void ask_gradients(const Call& c
             const Spot spot = slab.spot(cursor);
             const int at = landing.slot(b, k) * vector_size<T>;
             slab.advance(cursor);
-            slab.fetch(t.x, spot, stash.of(0), at, landing.cache(b));
-            slab.fetch(t.dy, spot, stash.of(1), at, landing.cache(b));
-            if (t.residual) slab.fetch(t.residual, spot, stash.of(2), at, landing.cache(b));
+            slab.template fetch<clears_outside<kAct>>(t.x, spot, stash.of(0), at, landing.cache(b));
+            slab.template fetch<clears_outside<kAct>>(t.dy, spot, stash.of(1), at, landing.cache(b));
+            if (t.residual) slab.template fetch<clears_outside<kAct>>(t.residual, spot, stash.of(2), at, landing.cache(b));
         }
     }
     copy_async_commit();
@@ -290,7 +294,7 @@ NF_DEVICE void collect_gradients_ahead(const Call& call, const Slab<T, kWide>& s
     Sums<AccumulatorOf<T>, gradient_sums<kAct>> row;
     auto asked = slab.after(early * K);
     NF_NO_UNROLL
-    for (int b = early; b < landing.ahead; ++b) ask_gradients(call, slab, landing, asked, b);
+    for (int b = early; b < landing.ahead; ++b) ask_gradients<kAct>(call, slab, landing, asked, b);
     auto cursor = slab.after(last * K);
     Cursor cursors[K];
     Spot spots[K];
@@ -319,8 +323,14 @@ NF_DEVICE void collect_gradients_ahead(const Call& call, const Slab<T, kWide>& s
         for (int k = 0; k < K; ++k) now.bits[k] = t.mask && b < landing.passing ? bits_of(cursors[k]) : uint8_t(0);
         copy_async_wait<Landing<K>::ahead - 1>();
         stash.recall(b, now);
+        NF_UNROLL
+        for (int k = 0; k < K && clears_outside<kAct>; ++k) {  // sums take all lanes
+            slab.clear_outside(spots[k], now.x[k]);
+            slab.clear_outside(spots[k], now.dy[k]);
+            if (t.residual) slab.clear_outside(spots[k], now.residual[k]);
+        }
         add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, now, sets, row);
-        if (b + landing.ahead >= early) ask_gradients(call, slab, landing, asked, b + landing.ahead);
+        if (b + landing.ahead >= early) ask_gradients<kAct>(call, slab, landing, asked, b + landing.ahead);
     }
     slab.next(cursor, cursors, spots);
     add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, batch, sets, row);

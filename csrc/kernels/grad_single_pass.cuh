@@ -33,7 +33,7 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
                 auto cursor = next.start();
                 early = min_(call.walk.spare, place.last);
                 NF_NO_UNROLL
-                for (int b = 0; b < early; ++b) ask_gradients(call, next, place, cursor, b);
+                for (int b = 0; b < early; ++b) ask_gradients<kAct>(call, next, place, cursor, b);
             }
         } else {
             collect_gradients<T, kWide, kRows, kAct>(call, slab, landing, unit, c, batch, sets);

@@ -47,7 +47,7 @@ template <class T, bool kWide, int K> NF_DEVICE void ask(const Call& call, const
         const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
-            slab.fetch(call.tensors.x, slab.spot(cursor), stash, landing.slot(b, k) * V, landing.cache(b));
+            slab.template fetch<true>(call.tensors.x, slab.spot(cursor), stash, landing.slot(b, k) * V, landing.cache(b));
             slab.advance(cursor);
         }
     }

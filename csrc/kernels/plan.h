@@ -54,6 +54,7 @@ inline View view_of(const Problem& p) {
     const bool nhwc = p.layout == Layout::nhwc || S == 1;
     Walk w = {};
     w.period = 1;
+    w.elements = p.elements();
     bool wide, rows;
     if (p.scope == Scope::channel && !nhwc) {
         wide = rows = true;

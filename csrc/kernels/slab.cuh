@@ -36,13 +36,14 @@ template <class T, bool kWide> struct Slab {
     int team, teams, lane, row_lane;  // this thread is number ``lane`` of team ``row_lane``
     int set_in_block;
     uint32_t row_stride, phase_mask;
+    const int64_t& elements;  // of the tensor; where kernels are given it, which takes no register
     bool live, aligned;
 
     struct Cursor {
         int row, vector;
     };
 
-    NF_DEVICE Slab(const Walk& w, int64_t unit) {
+    NF_DEVICE Slab(const Walk& w, int64_t unit) : elements(w.elements) {
         team = w.team;
         teams = w.teams;
         aligned = w.aligned;
@@ -143,12 +144,28 @@ template <class T, bool kWide> struct Slab {
     }
 
     NF_DEVICE bool whole(const Spot& s) const { return aligned && s.last - s.first == V; }
+    // Whether 16 bytes may be read though some belong to the row's neighbours: where rows are walked by the vectors of memory, at their
+    // ends
+    NF_DEVICE bool readable(const Spot& s) const {
+        return whole(s) || (kWide && aligned && phase_mask != 0 && !s.empty() && corner + s.at + V <= elements);
+    }
+    NF_DEVICE void clear_outside(const Spot& s, Vector<T>& v) const {
+        if (s.last - s.first == V) return;
+        NF_UNROLL
+        for (int j = 0; j < V; ++j)
+            if (j < s.first || j >= s.last) v.data[j] = narrow<T>(0);
+    }
 
     // Lanes outside are zero
     template <bool kCoherent = false> NF_DEVICE Vector<T> load(const void* tensor, const Spot& s) const {
         const Global<const T> from = Global<const T>(tensor).advance(corner).advance(s.at);
         if (whole(s)) return kCoherent ? from.template load_coherent<V>(0) : from.template load<V>(0);
         Vector<T> v;
+        if (!kCoherent && readable(s)) {
+            v = from.template load<V>(0);
+            clear_outside(s, v);
+            return v;
+        }
         NF_UNROLL
         for (int j = 0; j < V; ++j) {
             v.data[j] = narrow<T>(0);
@@ -157,9 +174,9 @@ template <class T, bool kWide> struct Slab {
         return v;
     }
 
-    // Into shared memory; to be awaited (copy_async_wait) before this thread reads it there
-    NF_DEVICE void fetch(const void* tensor, const Spot& s, const Shared<T>& to, int i, Cache cache) const {
-        if (whole(s)) copy_async<V>(to, i, Global<const T>(tensor).advance(corner), int64_t(s.at), cache);
+    // Into shared memory; to be awaited (copy_async_wait) before this thread reads it there. ``kClears``: and then clears what is outside
+    template <bool kClears> NF_DEVICE void fetch(const void* tensor, const Spot& s, const Shared<T>& to, int i, Cache cache) const {
+        if (kClears ? readable(s) : whole(s)) copy_async<V>(to, i, Global<const T>(tensor).advance(corner), int64_t(s.at), cache);
         else to.template store<V>(i, load(tensor, s));
     }
 

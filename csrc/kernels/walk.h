@@ -22,7 +22,7 @@ namespace normfused {
 struct Walk {
     // the tensor; matrix o starts at (o / period)*high_stride + (o % period)*low_stride, with channel (o % period)*low_channels
     int64_t outers, period, high_stride, low_stride;
-    int64_t rows, row_stride, cols;
+    int64_t rows, row_stride, cols, elements;
     int row_vectors;  // vectors that a row may touch; one more than it fills where rows start off a 16-byte boundary
     int64_t low_channels, row_channels;  // channel of (o, row, column) where channels run along rows: base + row*row_channels
     int64_t width, sets_per_outer;       // set of (o, column) = o*sets_per_outer + column / width; wide: o

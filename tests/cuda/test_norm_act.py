@@ -129,3 +129,24 @@ def test_the_same_bits_every_time(device: torch.device) -> None:
                     runs.append([*out[:3], *case.backward(*out)])
                 for other in runs[1:]:
                     assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("route", ["single_pass", "two_pass", "cluster", "group"])
+@pytest.mark.parametrize("act", ["relu", "silu", "gelu"])
+@pytest.mark.parametrize("groups", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nan_stays_in_its_set(groups: int | None, act: str, route: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Rows of 7x7 begin inside of vectors, so that the same 16 bytes are read for two channels."""
+    scope = {"scope": CHANNEL} if groups is None else {"scope": SAMPLE_GROUP, "groups": groups}
+    outs = []
+    for bad in (0.0, float("nan")):
+        case = Case(shape=(24, 5, 7, 7), dtype=dtype, act=act, residual="pre_act", route=route, device=device, **scope)
+        for t in (case.x, case.r, case.dy):
+            t[:, 2] = bad
+        out = case.forward()
+        y, dx, dresidual = (t.float() for t in (out[0], *case.backward(*out)[:2]))
+        outs.append([t[:, [0, 1, 3, 4]] for t in (y, dx, dresidual)])
+        if bad != bad:
+            assert torch.isnan(y[:, 2]).all()
+    for clean, beside in zip(*outs, strict=True):
+        assert torch.equal(clean, beside)

@@ -1,6 +1,7 @@
 """How much of memory is asked for: promises of bytes and sectors per tensor, counted by the emulation.
 
-Bytes are exact: a single pass asks for x once, two passes twice, and every large output is written once. So are sectors (32 bytes, the
+Bytes are exact: a single pass asks for x once, two passes twice, and every large output is written once; where rows begin inside of
+16-byte vectors, those at their ends are read whole and belong to two rows. So are sectors (32 bytes, the
 grain of L2 and DRAM) where all runs begin and end on a sector's boundary. Elsewhere a request's piece of a run, of ``b`` bytes, touches
 at most ``b / 32 + 2`` sectors (a part of one at each end), and a vector at the end of a run that is not whole is asked for element by
 element: at most ``2*(V - 1)`` single elements a run, a sector each. Full-size shapes are checked by the plan's arithmetic.
@@ -87,10 +88,18 @@ def measure(case: Case, machine: Machine, needs: tuple[bool, bool, bool] = (True
 
 
 # ------------------------------------------------------------------------------------------------------------------- promises
+def beyond(m: Measured) -> int:
+    """Bytes of its neighbours that are asked for with a row: where rows begin inside of vectors, the whole vectors at both ends."""
+    runs, length = m.runs
+    phased = m.plan["sets"] == "wide" and m.plan["channels"] == "rows" and length % 16 != 0
+    return runs * 2 * (16 - m.case.x.element_size()) if phased else 0
+
+
 def check_once(m: Measured, tensor: str, what: str, size: int) -> None:
-    """Every byte exactly once: as many as there are, and all of them."""
+    """Every byte once: as many as there are, and all of them."""
     found = m.of(tensor)
-    assert found[f"{what}_bytes"] == size, f"{tensor}: {found} of {size} bytes; {m.case}"
+    most = size + (beyond(m) if what == "read" else 0)
+    assert size <= found[f"{what}_bytes"] <= most, f"{tensor}: {found} of {size} bytes; {m.case}"
     assert found[f"{what}_distinct"] == _ceil(size, SECTOR), f"{tensor}: {found} of {size} bytes; {m.case}"
 
 
@@ -106,9 +115,13 @@ def check_reads(m: Measured, tensor: str, size: int, times: float) -> None:
     found = m.of(tensor)
     asked = found["read_bytes"] / size
     if times == int(times):
-        assert asked == times, f"{tensor} is asked for {asked} times, not {times}: {found} of {size} bytes; {m.plan}; {m.case}"
+        assert times <= asked <= times * (1 + beyond(m) / size), (
+            f"{tensor} is asked for {asked} times, not {times}: {found} of {size} bytes; {m.plan}; {m.case}"
+        )
     else:  # vectors that are not there, at the edges of a slab, are part of the plan's count
-        assert abs(asked - times) <= m.plan["batch"] / m.plan["steps"], f"{tensor}: {asked}, not {times}; {m.plan}; {m.case}"
+        assert abs(asked - times) <= (m.plan["batch"] / m.plan["steps"]) + times * beyond(m) / size, (
+            f"{tensor}: {asked}, not {times}; {m.plan}; {m.case}"
+        )
     assert found["read_distinct"] == _ceil(size, SECTOR)
 
 
@@ -129,7 +142,9 @@ def check_sectors(m: Measured, tensor: str, what: str) -> None:
         # lanes keep their columns, so that no vector is aligned: element by element, and each request touches what one of vectors would
         assert sectors <= m.V * (asked / SECTOR + 2 * pieces), note
     else:
-        assert sectors <= asked / SECTOR + 2 * pieces + times * runs * 2 * (m.V - 1), note
+        # only at the end of the tensor there is nothing to read beyond a row
+        ends = 1 if phased and what == "read" else runs * 2
+        assert sectors <= asked / SECTOR + 2 * pieces + times * ends * (m.V - 1), note
 
 
 def check_forward(m: Measured) -> None:
