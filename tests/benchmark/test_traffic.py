@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -158,13 +159,17 @@ def test_slab(case: Case, size: int) -> None:
 
 # ------------------------------------------------------------------------------------------------------- the committed table
 def test_table_is_of_these_cases_and_agrees_with_the_formulas() -> None:
-    """What the emulation counted is what the formulas say; a mask may have spare bytes, one for a run that starts on a boundary."""
+    """What the emulation counted is what the formulas say, and two exceptions: a mask may have spare bytes, one for a run that starts on a
+    boundary; and the 16 bytes at both ends of a run that starts elsewhere are read whole, with its neighbours' elements."""
     counted = traffic.table()["cases"]
+    sizes = {case.name: case.dtype.itemsize for case in [*MATRIX, *QUICK]}
     assert counted.keys() == {case.name for case in [*MATRIX, *QUICK]}, "cases have changed: python -m normfused.benchmark.traffic"
     for name, entries in counted.items():
         for key, entry in entries.items():
             spare = 0.02 if "add+relu" in name else 0
-            assert entry["model"] - spare <= entry["asked"] <= entry["model"] + 1e-4, (name, key, entry)
+            run = prod(entry["shape"][2:]) * sizes[name] if name.endswith("contiguous") and len(entry["shape"]) > 2 else 16
+            neighbours = entry["model"] * 2 * (16 - sizes[name]) / run if run % 16 else 0
+            assert entry["model"] - spare <= entry["asked"] <= entry["model"] + neighbours + 1e-4, (name, key, entry)
             # an element of a run that no vector holds whole costs a sector
             assert entry["asked"] <= entry["sectors"] + 1e-4, (name, key, entry)
 
