@@ -277,8 +277,7 @@ template <class T, bool kWide, int K> NF_DEVICE void ask_gradients(const Call& c
     copy_async_commit();
 }
 
-// The same with loads ahead (owners.cuh). The mask has a byte where an asynchronous copy takes four: its bytes are read before the batches
-// are waited for, those of batches that pass with the batch.
+// The same with loads ahead (owners.cuh). The mask has a byte where an asynchronous copy takes four: its bytes are read a batch ahead.
 template <class T, bool kWide, bool kRows, int kAct, int K>
 NF_DEVICE void collect_gradients_ahead(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, int early, int64_t unit,
                                        Coefficients<T, kWide, kRows>& c, GradientBatch<T, K>& batch,
@@ -296,27 +295,28 @@ NF_DEVICE void collect_gradients_ahead(const Call& call, const Slab<T, kWide>& s
     Spot spots[K];
     slab.next(cursor, cursors, spots);
     load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
-    const auto bits_of = [&](const Cursor& at) {
-        return slab.spot(at).empty() ? uint8_t(0) : Global<const uint8_t>(t.mask).load(slab.mask_at(call.walk, at));
-    };
-    if (t.mask) {
-        cursor = slab.after(landing.passing * K);
-        NF_UNROLL_4
-        for (int b = landing.passing; b < last; ++b) {
-            NF_UNROLL
-            for (int k = 0; k < K; ++k) {
-                stash.bits().set(landing.slot(b, k), bits_of(cursor));
-                slab.advance(cursor);
-            }
+    uint8_t coming[K] = {};
+    auto marked = slab.start();
+    const auto read_bits = [&](int b) {
+        if (!t.mask || b >= last) return;
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) {
+            coming[k] = slab.spot(marked).empty() ? uint8_t(0) : Global<const uint8_t>(t.mask).load(slab.mask_at(call.walk, marked));
+            slab.advance(marked);
         }
-    }
+    };
+    read_bits(0);
     cursor = slab.start();
     NF_NO_UNROLL
     for (int b = 0; b < last; ++b) {
         slab.next(cursor, cursors, spots);
         GradientBatch<T, K> now;
         NF_UNROLL
-        for (int k = 0; k < K; ++k) now.bits[k] = t.mask && b < landing.passing ? bits_of(cursors[k]) : uint8_t(0);
+        for (int k = 0; k < K; ++k) {
+            now.bits[k] = coming[k];
+            if (t.mask && landing.stays(b)) stash.bits().set(landing.slot(b, k), coming[k]);
+        }
+        read_bits(b + 1);
         copy_async_wait<Landing<K>::ahead - 1>();
         stash.recall(b, now);
         add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, now, sets, row);

@@ -147,14 +147,19 @@ template <class T, bool kWide> struct Slab {
     // Lanes outside are zero
     template <bool kCoherent = false> NF_DEVICE Vector<T> load(const void* tensor, const Spot& s) const {
         const Global<const T> from = Global<const T>(tensor).advance(corner).advance(s.at);
-        if (whole(s)) return kCoherent ? from.template load_coherent<V>(0) : from.template load<V>(0);
-        Vector<T> v;
-        NF_UNROLL
-        for (int j = 0; j < V; ++j) {
-            v.data[j] = narrow<T>(0);
-            if (j >= s.first && j < s.last) v.data[j] = kCoherent ? from.load_coherent(j) : from.load(j);
+        Pack<uint32_t, 4> words;
+        if (whole(s)) {
+            words = words_of(kCoherent ? from.template load_coherent<V>(0) : from.template load<V>(0));
+        } else {
+            Vector<T> v;
+            NF_UNROLL
+            for (int j = 0; j < V; ++j) {
+                v.data[j] = narrow<T>(0);
+                if (j >= s.first && j < s.last) v.data[j] = kCoherent ? from.load_coherent(j) : from.load(j);
+            }
+            words = opaque(words_of(v));
         }
-        return v;
+        return pack_of<T>(opaque(words));
     }
 
     // Into shared memory; to be awaited (copy_async_wait) before this thread reads it there
