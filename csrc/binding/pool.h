@@ -1,4 +1,5 @@
-// Arrival words: through them the blocks of one launch learn that the others have arrived. Kernels find them zero and leave them zero.
+// Arrival words: through them the blocks of one launch learn that the others have arrived. Kernels find them at rest and leave them so
+// (all but the top bit zero: device.cuh).
 //
 // Eager launches of one stream run one after the other and share the stream's slot. A launch captured into a graph may be replayed
 // beside anything, so it owns its words for good. Memory can only be had outside capture, hence a reserve is kept for captures to come.

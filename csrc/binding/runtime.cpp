@@ -16,7 +16,10 @@ __attribute__((weak)) void nf_emulation_limits(int processors, int shared_bytes,
 #include <cuda_runtime_api.h>
 
 #include <array>
+#include <cstdio>
 #include <memory>
+#include <sstream>
+#include <string>
 #endif
 
 #ifndef NF_ARCHITECTURES
@@ -91,6 +94,21 @@ uint32_t* zeroed_words(size_t words) {
     return static_cast<uint32_t*>(data);
 }
 
+// Code for 8.0 that the driver translates for a newer device stops at the first barrier of a cluster (device.cuh)
+bool compiled_with_clusters(int index) {
+    int major = 0, minor = 0;
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index) != cudaSuccess)
+        return false;
+    std::istringstream list(NF_ARCHITECTURES);
+    for (std::string word; list >> word;) {
+        int of = 0, point = 0;
+        if (std::sscanf(word.c_str(), "%d.%d", &of, &point) != 2) continue;
+        if (of >= 9 && (of < major || (of == major && point <= minor))) return true;
+    }
+    return false;
+}
+
 int ask_limits(int index, Limits& limits) {
     struct Question {
         cudaDeviceAttr attribute;
@@ -106,7 +124,7 @@ int ask_limits(int index, Limits& limits) {
     int clusters = 0;
     const cudaError_t status = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, index);
     if (status != cudaSuccess) return status;
-    if (!clusters) limits.largest_cluster = 1;
+    if (!clusters || !compiled_with_clusters(index)) limits.largest_cluster = 1;
     return ok;
 }
 

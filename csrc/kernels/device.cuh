@@ -31,7 +31,6 @@
 #define NF_KERNEL(max_threads) void
 #define NF_GRID_CONSTANT const
 #define NF_UNROLL
-#define NF_UNROLL_4
 #define NF_NO_UNROLL
 #define NF_ON_DEVICE(...)
 #define NF_EMULATED(...) __VA_ARGS__
@@ -44,7 +43,6 @@
 #define NF_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
 #define NF_GRID_CONSTANT const __grid_constant__
 #define NF_UNROLL _Pragma("unroll")
-#define NF_UNROLL_4 _Pragma("unroll 4")
 #define NF_NO_UNROLL _Pragma("unroll 1")
 #define NF_ON_DEVICE(...) __VA_ARGS__
 #define NF_EMULATED(...)
@@ -121,7 +119,8 @@ inline void forget_all() { simt::forget_all(); }
 
 #else
 
-// More than 48 KB of dynamic shared memory must be asked for, once for a kernel and device
+// More than 48 KB of dynamic shared memory must be asked for, once for a kernel and device. Such a kernel gets all that the processor can
+// take from its L1: plans count on two blocks of half of it, and what streams by has no use for L1.
 inline cudaError_t allow_shared_bytes(const void* kernel, uint32_t bytes) {
     static std::mutex mutex;
     static std::map<std::pair<const void*, int>, uint32_t> allowed;
@@ -132,6 +131,8 @@ inline cudaError_t allow_shared_bytes(const void* kernel, uint32_t bytes) {
     uint32_t& now = allowed[{kernel, device}];
     if (bytes <= now) return cudaSuccess;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (error == cudaSuccess && now == 0)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (error == cudaSuccess) now = bytes;
     return error;
 }
@@ -538,6 +539,15 @@ NF_DEVICE void sync_cluster(Site site = Site::here()) {
 #endif
 }
 
+// Before a block exits while others of its cluster may still read its shared memory: they have read, and nobody waits for stores
+NF_DEVICE void leave_cluster(Site site = Site::here()) {
+    (void)site;
+    NF_EMULATED(simt::sync_cluster(site);)
+#ifndef NF_EMULATION
+    NF_SM90(asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" :: : "memory");)
+#endif
+}
+
 // An arrival word is at rest when its low 31 bits are zero; a barrier or a count of arrivals starts from and leaves it so. The top bit
 // is the sense of a barrier of blocks: it flips with each, so that one atomic per block does, and nobody needs to reset anything.
 constexpr uint32_t arrival_sense = 0x80000000u;
@@ -737,6 +747,23 @@ NF_DEVICE void fence_bulk() {
 NF_DEVICE int opaque(int value) {
     NF_ON_DEVICE(asm volatile("" : "+r"(value));)
     return value;
+}
+// A pack as the words that a load of it gives, and back. Where one of two branches loads 16 bytes, numbers of 16 bits would be taken out of
+// the words inside the branch, which waits for the load: a thread would never have two under way. So both give words, opaque ones
+// where they are made of numbers and where they meet. No instruction.
+template <class T, int N> NF_DEVICE Pack<uint32_t, int(sizeof(T)) * N / 4> words_of(const Pack<T, N>& pack) {
+    Pack<uint32_t, int(sizeof(T)) * N / 4> words;
+    memcpy(&words, &pack, sizeof(pack));
+    return words;
+}
+template <class T, int W> NF_DEVICE Pack<T, W * 4 / int(sizeof(T))> pack_of(const Pack<uint32_t, W>& words) {
+    Pack<T, W * 4 / int(sizeof(T))> pack;
+    memcpy(static_cast<void*>(&pack), &words, sizeof(pack));
+    return pack;
+}
+template <int W> NF_DEVICE Pack<uint32_t, W> opaque(Pack<uint32_t, W> words) {
+    NF_ON_DEVICE(NF_UNROLL for (int k = 0; k < W; ++k) asm volatile("" : "+r"(words.data[k]));)
+    return words;
 }
 
 // min_ and max_ drop a NaN: only both NaN give NaN.

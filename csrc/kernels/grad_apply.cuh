@@ -163,7 +163,7 @@ NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, con
         slab.previous(cursor, cursors, spots);
         if (!held || b < landing.last) {
             if (held && landing.stays(b)) stash.recall(b, batch);
-            else load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
+            else load_gradients<kAct>(call, slab, cursors, spots, batch);
         }
         Vector<T> dh[K] = {};
         if (kWide != kRows && t.dh) {

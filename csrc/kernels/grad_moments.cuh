@@ -28,19 +28,23 @@ template <class A, int P> struct GradientLanes {  // of a part of a vector
     A xc[P], dz[P], dact[P];
 };
 
+// Whether vectors at the ends of rows are read whole, and their other lanes cleared for the sums. The instantiation that activations share
+// has no register to spare for it: there the ends are read element by element.
+template <int kAct> constexpr bool clears_outside = kAct != any_act;
+
 // Reads a batch; what the call has none of stays as it is and is not used
-template <class T, bool kWide, int K> NF_DEVICE void load_gradients(const Call& call, const Slab<T, kWide>& slab,
-                                                                    const typename Slab<T, kWide>::Cursor (&cursors)[K],
-                                                                    const Spot (&spots)[K], GradientBatch<T, K>& batch) {
+template <int kAct, class T, bool kWide, int K> NF_DEVICE void load_gradients(const Call& call, const Slab<T, kWide>& slab,
+                                                                              const typename Slab<T, kWide>::Cursor (&cursors)[K],
+                                                                              const Spot (&spots)[K], GradientBatch<T, K>& batch) {
     const Arguments& t = call.tensors;
     NF_UNROLL
     for (int k = 0; k < K; ++k) {
-        batch.x[k] = slab.load(t.x, spots[k]);
-        batch.dy[k] = slab.load(t.dy, spots[k]);
+        batch.x[k] = slab.template load<false, clears_outside<kAct>>(t.x, spots[k]);
+        batch.dy[k] = slab.template load<false, clears_outside<kAct>>(t.dy, spots[k]);
     }
     if (t.residual) {
         NF_UNROLL
-        for (int k = 0; k < K; ++k) batch.residual[k] = slab.load(t.residual, spots[k]);
+        for (int k = 0; k < K; ++k) batch.residual[k] = slab.template load<false, clears_outside<kAct>>(t.residual, spots[k]);
     }
     if (t.mask) {
         NF_UNROLL
@@ -219,13 +223,17 @@ template <class T, int K> struct GradientStash {
 // Adds the next batch of the walk to the sums
 template <class T, bool kWide, bool kRows, int kAct, int K>
 NF_DEVICE void add_gradient_batch(const Call& call, const Slab<T, kWide>& slab, int64_t unit, Coefficients<T, kWide, kRows>& c,
-                                  const typename Slab<T, kWide>::Cursor (&cursors)[K], const Spot (&spots)[K],
-                                  const GradientBatch<T, K>& batch,
+                                  const typename Slab<T, kWide>::Cursor (&cursors)[K], const Spot (&spots)[K], GradientBatch<T, K>& batch,
                                   Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>],
                                   Sums<AccumulatorOf<T>, gradient_sums<kAct>>& row) {
     using A = AccumulatorOf<T>;
     NF_UNROLL
     for (int k = 0; k < K; ++k) {
+        if constexpr (kWide && kRows && clears_outside<kAct>) {  // the sums take all lanes
+            slab.clear_outside(spots[k], batch.x[k]);
+            slab.clear_outside(spots[k], batch.dy[k]);
+            if (call.tensors.residual) slab.clear_outside(spots[k], batch.residual[k]);
+        }
         if (!spots[k].empty()) {
             c.turn_to(call, slab, spots[k]);
             NF_UNROLL
@@ -252,14 +260,11 @@ NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, c
         typename Slab<T, kWide>::Cursor cursors[K];
         Spot spots[K];
         slab.next(cursor, cursors, spots);
-        load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
+        load_gradients<kAct>(call, slab, cursors, spots, batch);
         add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, batch, sets, row);
         if (landing.stays(b)) stash.keep(b, batch);
     }
 }
-
-// The instantiation that activations share has no register to spare for it: it takes the ends of rows element by element
-template <int kAct> constexpr bool clears_outside = kAct != any_act;
 
 // Asks for batch b of the walk that ``cursor`` is at, all but its bits
 template <int kAct, class T, bool kWide, int K> NF_DEVICE void ask_gradients(const Call& call, const Slab<T, kWide>& slab,
@@ -281,8 +286,7 @@ template <int kAct, class T, bool kWide, int K> NF_DEVICE void ask_gradients(con
     copy_async_commit();
 }
 
-// The same with loads ahead (owners.cuh). The mask has a byte where an asynchronous copy takes four: its bytes are read before the batches
-// are waited for, those of batches that pass with the batch.
+// The same with loads ahead (owners.cuh). The mask has a byte where an asynchronous copy takes four: its bytes are read a batch ahead.
 template <class T, bool kWide, bool kRows, int kAct, int K>
 NF_DEVICE void collect_gradients_ahead(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, int early, int64_t unit,
                                        Coefficients<T, kWide, kRows>& c, GradientBatch<T, K>& batch,
@@ -299,36 +303,31 @@ NF_DEVICE void collect_gradients_ahead(const Call& call, const Slab<T, kWide>& s
     Cursor cursors[K];
     Spot spots[K];
     slab.next(cursor, cursors, spots);
-    load_gradients<T, kWide, K>(call, slab, cursors, spots, batch);
-    const auto bits_of = [&](const Cursor& at) {
-        return slab.spot(at).empty() ? uint8_t(0) : Global<const uint8_t>(t.mask).load(slab.mask_at(call.walk, at));
-    };
-    if (t.mask) {
-        cursor = slab.after(landing.passing * K);
-        NF_UNROLL_4
-        for (int b = landing.passing; b < last; ++b) {
-            NF_UNROLL
-            for (int k = 0; k < K; ++k) {
-                stash.bits().set(landing.slot(b, k), bits_of(cursor));
-                slab.advance(cursor);
-            }
+    load_gradients<kAct>(call, slab, cursors, spots, batch);
+    uint8_t coming[K] = {};
+    auto marked = slab.start();
+    const auto read_bits = [&](int b) {
+        if (!t.mask || b >= last) return;
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) {
+            coming[k] = slab.spot(marked).empty() ? uint8_t(0) : Global<const uint8_t>(t.mask).load(slab.mask_at(call.walk, marked));
+            slab.advance(marked);
         }
-    }
+    };
+    read_bits(0);
     cursor = slab.start();
     NF_NO_UNROLL
     for (int b = 0; b < last; ++b) {
         slab.next(cursor, cursors, spots);
         GradientBatch<T, K> now;
         NF_UNROLL
-        for (int k = 0; k < K; ++k) now.bits[k] = t.mask && b < landing.passing ? bits_of(cursors[k]) : uint8_t(0);
+        for (int k = 0; k < K; ++k) {
+            now.bits[k] = coming[k];
+            if (t.mask && landing.stays(b)) stash.bits().set(landing.slot(b, k), coming[k]);
+        }
+        read_bits(b + 1);
         copy_async_wait<Landing<K>::ahead - 1>();
         stash.recall(b, now);
-        NF_UNROLL
-        for (int k = 0; k < K && clears_outside<kAct>; ++k) {  // sums take all lanes
-            slab.clear_outside(spots[k], now.x[k]);
-            slab.clear_outside(spots[k], now.dy[k]);
-            if (t.residual) slab.clear_outside(spots[k], now.residual[k]);
-        }
         add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, now, sets, row);
         if (b + landing.ahead >= early) ask_gradients<kAct>(call, slab, landing, asked, b + landing.ahead);
     }

@@ -64,7 +64,7 @@ template <class T> NF_KERNEL(threads_of<false>) grad_columns_kernel(NF_GRID_CONS
         const typename Slab<T, false>::Cursor cursors[1] = {cursor};
         const Spot spots[1] = {slab.spot(cursor)};
         slab.advance(cursor);
-        load_gradients<T, false, 1>(call, slab, cursors, spots, batch);
+        load_gradients<any_act>(call, slab, cursors, spots, batch);
         if (spots[0].empty()) continue;
         c.turn_to(call, slab, spots[0]);
         c.mean[0] = means ? means.load_coherent(slab.row0 + spots[0].row) : A(0);

@@ -36,7 +36,7 @@ template <class T, class Value> NF_DEVICE Value over_owners(const Call& call, co
 
 // Before a block leaves: others of its cluster may still be reading its value
 NF_DEVICE void leave_owners(const Call& call) {
-    if (call.owner == Owner::cluster) sync_cluster();
+    if (call.owner == Owner::cluster) leave_cluster();
 }
 
 // Asks for batch b of the walk that ``cursor`` is at
@@ -47,7 +47,7 @@ template <class T, bool kWide, int K> NF_DEVICE void ask(const Call& call, const
         const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
-            slab.template fetch<true>(call.tensors.x, slab.spot(cursor), stash, landing.slot(b, k) * V, landing.cache(b));
+            slab.fetch(call.tensors.x, slab.spot(cursor), stash, landing.slot(b, k) * V, landing.cache(b));
             slab.advance(cursor);
         }
     }
@@ -61,16 +61,16 @@ template <class T, bool kWide, int K> NF_DEVICE void collect_ahead(const Call& c
     constexpr int V = vector_size<T>;
     ThreadMoments<T, kWide> own;
     const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
-    // the one that stays in registers
+    auto asked = slab.after(early * K);
+    NF_NO_UNROLL
+    for (int b = early; b < landing.ahead; ++b) ask(call, slab, landing, asked, b);
+    // the one that stays in registers, which may wait for it: after the others were asked for
     auto cursor = slab.after(landing.last * K);
     NF_UNROLL
     for (int k = 0; k < K; ++k) {
         batch[k] = slab.load(call.tensors.x, slab.spot(cursor));
         slab.advance(cursor);
     }
-    auto asked = slab.after(early * K);
-    NF_NO_UNROLL
-    for (int b = early; b < landing.ahead; ++b) ask(call, slab, landing, asked, b);
     cursor = slab.start();
     Spot spots[K];
     NF_NO_UNROLL

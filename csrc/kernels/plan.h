@@ -249,7 +249,10 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
                 w.teams = 1;
                 at.threads = w.team;
             } else {
-                share_out(w, w.rows, w.row_vectors, batch, power, threads_of<true>);
+                // with many sets small blocks, several to a processor, some loading while others sum or store, and as many vectors to a
+                // thread as it asks for ahead; few sets share out as widely as they can
+                const bool many = w.outers >= 4 * int64_t(limits.processors);
+                share_out(w, w.rows, w.row_vectors, many ? batch * (landing_ahead + 1) : batch, power, many ? 256 : threads_of<true>);
                 at.threads = int(round_up(w.team * w.teams, 32));
             }
             w.slice = w.cols;

@@ -156,28 +156,29 @@ template <class T, bool kWide> struct Slab {
             if (j < s.first || j >= s.last) v.data[j] = narrow<T>(0);
     }
 
-    // Lanes outside are zero
-    template <bool kCoherent = false> NF_DEVICE Vector<T> load(const void* tensor, const Spot& s) const {
+    // Lanes outside are zero, or (``kNeighbours``) what lies there
+    template <bool kCoherent = false, bool kNeighbours = true> NF_DEVICE Vector<T> load(const void* tensor, const Spot& s) const {
         const Global<const T> from = Global<const T>(tensor).advance(corner).advance(s.at);
-        if (whole(s)) return kCoherent ? from.template load_coherent<V>(0) : from.template load<V>(0);
-        Vector<T> v;
-        if (!kCoherent && readable(s)) {
-            v = from.template load<V>(0);
-            clear_outside(s, v);
-            return v;
+        Pack<uint32_t, 4> words;
+        if (kNeighbours && !kCoherent ? readable(s) : whole(s)) {
+            words = words_of(kCoherent ? from.template load_coherent<V>(0) : from.template load<V>(0));
+        } else {
+            Vector<T> v;
+            NF_UNROLL
+            for (int j = 0; j < V; ++j) {
+                v.data[j] = narrow<T>(0);
+                if (j >= s.first && j < s.last) v.data[j] = kCoherent ? from.load_coherent(j) : from.load(j);
+            }
+            words = opaque(words_of(v));
         }
-        NF_UNROLL
-        for (int j = 0; j < V; ++j) {
-            v.data[j] = narrow<T>(0);
-            if (j >= s.first && j < s.last) v.data[j] = kCoherent ? from.load_coherent(j) : from.load(j);
-        }
-        return v;
+        return pack_of<T>(opaque(words));
     }
 
-    // Into shared memory; to be awaited (copy_async_wait) before this thread reads it there. ``kClears``: and then clears what is outside
-    template <bool kClears> NF_DEVICE void fetch(const void* tensor, const Spot& s, const Shared<T>& to, int i, Cache cache) const {
-        if (kClears ? readable(s) : whole(s)) copy_async<V>(to, i, Global<const T>(tensor).advance(corner), int64_t(s.at), cache);
-        else to.template store<V>(i, load(tensor, s));
+    // The same into shared memory; to be awaited (copy_async_wait) before this thread reads it there
+    template <bool kNeighbours = true>
+    NF_DEVICE void fetch(const void* tensor, const Spot& s, const Shared<T>& to, int i, Cache cache) const {
+        if (kNeighbours ? readable(s) : whole(s)) copy_async<V>(to, i, Global<const T>(tensor).advance(corner), int64_t(s.at), cache);
+        else to.template store<V>(i, load<false, kNeighbours>(tensor, s));
     }
 
     NF_DEVICE void store(void* tensor, const Spot& s, const Vector<T>& v, Cache cache = Cache::normal) const {

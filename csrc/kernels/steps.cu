@@ -369,8 +369,12 @@ Requirements requirements(const Problem& problem, Step step, const Needs& needs,
 
 int run(const Problem& problem, Step step, const Needs& needs, const Limits& limits, const Arguments& args, void* stream) {
     if (problem.elements() == 0) return ok;
-    const bool pool = args.arrivals != nullptr;
-    const Plan plan = choose_plan(problem, step, needs, limits, pool, forced_route);
+    bool pool = true;
+    Plan plan = choose_plan(problem, step, needs, limits, pool, forced_route);
+    if (args.arrivals == nullptr && workspace(problem, step, needs, plan, pool).arrivals > 0) {
+        pool = false;
+        plan = choose_plan(problem, step, needs, limits, pool, forced_route);
+    }
     // beyond 2^31 - 1 blocks, or groups among 2^20 channels and more (walk.h): no plan
     if (plan.blocks <= 0 || plan.blocks >= planning::too_many || (!plan.wide && plan.walk.width > 1 && problem.C >= 1 << 20))
         return not_supported;

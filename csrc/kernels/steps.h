@@ -51,7 +51,7 @@ struct Arguments {
     const void* r = nullptr;
     // workspace
     void* scratch = nullptr;       // Requirements::scratch_bytes, any content
-    uint32_t* arrivals = nullptr;  // Requirements::arrivals words that are zero; left zero by the kernels
+    uint32_t* arrivals = nullptr;  // Requirements::arrivals words at rest (device.cuh); left so by the kernels
 };
 
 enum Status : int { ok = 0, not_supported = -1, emulation_failed = -2 };  // positive: a cudaError_t
