@@ -251,7 +251,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             } else {
                 // with many sets small blocks, several to a processor, some loading while others sum or store, and as many vectors to a
                 // thread as it asks for ahead; few sets share out as widely as they can
-                const bool many = w.outers >= 4 * int64_t(limits.processors);
+                const bool many = w.outers >= 2 * int64_t(limits.processors);
                 share_out(w, w.rows, w.row_vectors, many ? batch * (landing_ahead + 1) : batch, power, many ? 256 : threads_of<true>);
                 at.threads = int(round_up(w.team * w.teams, 32));
             }
