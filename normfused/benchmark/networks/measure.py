@@ -386,6 +386,9 @@ def _seeded() -> Iterator[None]:
 @contextmanager
 def _fastest_convolutions() -> Iterator[None]:
     """cuDNN tries its algorithms out, as training scripts let it."""
+    if torch.backends.flags_frozen():  # by torch.testing, in a process that runs torch's own tests
+        yield
+        return
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
