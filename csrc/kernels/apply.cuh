@@ -92,9 +92,9 @@ template <class T, bool kWide, bool kRows> struct Coefficients {
 
 // Moments that the threads hold, or (``gather``) that an earlier launch left, -> statistics of the sets, stored once and for every lane.
 // Lanes beyond the tensor get zeros.
-template <class T, bool kWide, bool kRows>
-NF_DEVICE void finish_sets(const Call& call, const Slab<T, kWide>& slab, const Moments<AccumulatorOf<T>> (&m)[sum_lanes<T, kWide>],
-                           bool gather, int64_t batches_before, Coefficients<T, kWide, kRows>& c) {
+template <class T, bool kWide, bool kRows> NF_DEVICE void finish_sets(const Call& call, const Slab<T, kWide>& slab,
+                                                                      Moments<AccumulatorOf<T>> (&m)[sum_lanes<T, kWide>], bool gather,
+                                                                      int64_t batches_before, Coefficients<T, kWide, kRows>& c) {
     using A = AccumulatorOf<T>;
     const bool stores = slab.chunk == 0;  // of all slabs that know the set
     if constexpr (kWide) {
@@ -107,19 +107,16 @@ NF_DEVICE void finish_sets(const Call& call, const Slab<T, kWide>& slab, const M
             c.rstd[0] = s.rstd;
         }
     } else {
-        const auto on_column = [](int, const Moments<A>&) {};
-        const auto on_set = [&](int set, const Moments<A>& sum) {
+        const auto on_set = [&](int set, const Moments<A>& sum, bool stores) {
             const Statistics<A> s = finish_set(call, slab.first_set(call.walk) + set, sum, stores, batches_before);
             return Pair<A>{s.mean, s.rstd};
         };
         if (gather) {
-            over_narrow_sets<T, Moments<A>>(call, slab, int(call.partials), partial_reader<T, Moments<A>>(call, slab), on_column, on_set,
-                                            c.mean, c.rstd);
-        } else {
-            lay_out(call, slab, m);
-            const Table<A, Moments<A>> table(call.scratch_offset, slab.teams, slab.team * vector_size<T>);
             over_narrow_sets<T, Moments<A>>(
-                call, slab, slab.teams, [&](int row, int column) { return table.get(row, column); }, on_column, on_set, c.mean, c.rstd);
+                call, slab, int(call.partials), partial_reader<T, Moments<A>>(call, slab), [](int, const Moments<A>&) {},
+                [&](int set, const Moments<A>& sum) { return on_set(set, sum, stores); }, c.mean, c.rstd);
+        } else {
+            over_owned_sets<T, Moments<A>>(call, slab, m, [](int, const Moments<A>&, bool) {}, on_set, c.mean, c.rstd);
         }
     }
 }
@@ -212,7 +209,7 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
     if (t.scale || call.settled) {
         saved_statistics<T, kWide, kRows>(call, slab, c);
     } else if (call.problem.batch_statistics) {
-        const Moments<A> none[kLanes];
+        Moments<A> none[kLanes];
         finish_sets<T, kWide, kRows>(call, slab, none, true, counted_batches(call) - 1, c);  // moments_kernel has counted this batch
     } else {  // running statistics, per channel; their copies are for the backward, which must not see later updates
         NF_UNROLL

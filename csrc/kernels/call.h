@@ -35,6 +35,7 @@ struct Call {
     int group_words;      // arrival words: from here on one for each group of co-resident blocks
     bool streams;         // part of the slab will be read again and should stay in the cache: stores should not
     int sums_offset;      // position sets' gradients: sums per channel that a block keeps over its slabs; -1: it does not
+    void* pairs[2];       // narrow sets that groups hold: mean and rstd, or q and r, for all blocks of the group
     void* partial;        // what slabs of one set leave for the next launch: moments.cuh, grad_moments.cuh
     int64_t partials;     // chunks that wrote it
     bool scales_by_q;     // rms sets of one element: grad_apply.cuh

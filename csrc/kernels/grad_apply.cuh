@@ -89,7 +89,7 @@ NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Su
         g.q[0] = pair.first;
         g.r[0] = pair.second;
     } else {
-        const auto on_column = [&](int column, Value& sums) {
+        const auto on_column = [&](int column, Value& sums, bool stores) {
             if constexpr (!kRows) {
                 const int64_t channel = slab.column0 + column;
                 join_weight(call, slab, slab.outer * call.walk.sets_per_outer + quotient(channel, call.walk.width), channel, stores, sums);
@@ -97,12 +97,12 @@ NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Su
         };
         const auto on_set = [&](int set, const Value& sums) { return finish_gradient(call, slab.first_set(call.walk) + set, sums); };
         if (gather) {
-            over_narrow_sets<T, Value>(call, slab, int(call.partials), partial_reader<T, Value>(call, slab), on_column, on_set, g.q, g.r);
-        } else {
-            lay_out(call, slab, sets);
-            const Table<A, Value> table(call.scratch_offset, slab.teams, slab.team * vector_size<T>);
             over_narrow_sets<T, Value>(
-                call, slab, slab.teams, [&](int row, int column) { return table.get(row, column); }, on_column, on_set, g.q, g.r);
+                call, slab, int(call.partials), partial_reader<T, Value>(call, slab),
+                [&](int column, Value& sums) { on_column(column, sums, stores); }, on_set, g.q, g.r);
+        } else {
+            over_owned_sets<T, Value>(
+                call, slab, sets, on_column, [&](int set, const Value& sums, bool) { return on_set(set, sums); }, g.q, g.r);
         }
     }
 }

@@ -25,7 +25,7 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
         GradientBatch<T, gradient_batch> batch;
         saved_statistics<T, kWide, kRows>(call, slab, c);
         c.renew(call, slab);
-        if constexpr (kWide && kRows) {
+        if constexpr (kWide == kRows) {
             collect_gradients_ahead<T, kWide, kRows, kAct>(call, slab, landing, early, unit, c, batch, sets);
             if (call.walk.spare > 0 && unit + grid_blocks() < call.walk.units) {
                 const Slab<T, kWide> next(call.walk, unit + grid_blocks());
@@ -82,13 +82,8 @@ template <class T> NF_KERNEL(threads_of<false>) grad_columns_kernel(NF_GRID_CONS
             }
         }
     }
-    lay_out(call, slab, columns);
-    const Table<A, Sums<A, 3>> table(call.scratch_offset, slab.teams, slab.team * V);
-    over_rows<A, Sums<A, 3>>(
-        slab.teams, slab.team * V, call.scratch_offset, [&](int row, int column) { return table.get(row, column); },
-        [&](int column, const Sums<A, 3>& sums) {
-            if (column < slab.columns) store_channel_sums(call, slab.chunk, slab.column0 + column, sums);
-        });
+    over_teams(call, slab, columns,
+               [&](int column, const Sums<A, 3>& sums) { store_channel_sums(call, slab.chunk, slab.column0 + column, sums); });
 }
 
 }  // namespace normfused

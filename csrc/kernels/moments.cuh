@@ -179,68 +179,102 @@ template <class A> struct Pair {
     A first, second;
 };
 
-// The values that the threads of a narrow slab hold, as a table of teams x columns; with a reader for over_rows
-template <class T, class Value> NF_DEVICE void lay_out(const Call& call, const Slab<T, false>& slab, const Value (&v)[vector_size<T>]) {
+// The values that the threads of a narrow slab hold -> on_column(column, value) by one thread per column. Lanes of a warp that are of the
+// same columns meet by shuffles, where teams are a power of two: the table that the others meet in takes shared memory from the slab.
+template <class T, class Value, class OnColumn>
+NF_DEVICE void over_teams(const Call& call, const Slab<T, false>& slab, Value (&v)[vector_size<T>], const OnColumn& on_column) {
     using A = AccumulatorOf<T>;
     constexpr int V = vector_size<T>, P = V < 4 ? V : 4;
-    const Table<A, Value> table(call.scratch_offset, slab.teams, slab.team * V);
-    if (slab.row_lane < slab.teams) {
+    const bool folds = call.walk.folds;
+    const int rows = folds ? int(block_threads()) / 32 : slab.teams, row = folds ? int(warp_index()) : slab.row_lane;
+    if (folds) {
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) v[j] = over_lanes(v[j], 32, slab.team);
+    }
+    const Table<A, Value> table(call.scratch_offset, rows, slab.team * V);
+    if (row < rows && (!folds || int(lane_index()) < slab.team)) {
         NF_UNROLL
         for (int i = 0; i < Value::size; ++i) NF_UNROLL
         for (int part = 0; part < V; part += P) {
             Pack<A, P> numbers;
             NF_UNROLL
             for (int j = 0; j < P; ++j) numbers.data[j] = v[part + j].get(i);
-            table.numbers.template store<P>(table.slot(slab.row_lane, i, slab.column(part)), numbers);
+            table.numbers.template store<P>(table.slot(row, i, slab.column(part)), numbers);
         }
     }
     sync_block();
+    over_rows<A, Value>(
+        rows, slab.team * V, call.scratch_offset, [&](int r, int column) { return table.get(r, column); },
+        [&](int column, const Value& value) {
+            if (column < slab.columns) on_column(column, value);
+        });
 }
 
-// Values per column -> per set -> two numbers per set -> the lanes of every thread. ``read(row, column)`` of ``rows`` rows; on_column may
-// change a column's value before it joins its set's; on_set(set of the slab, value) gives the numbers. Both run once per column or set.
+// Values per column -> per set, for sets [begin, end) of the slab: read(row, column) of ``rows`` rows; on_column may change a column's
+// value before it joins its set's. on_column and on_set(set of the slab, value) are called by one thread each.
+template <class T, class Value, class Read, class OnColumn, class OnSet>
+NF_DEVICE void over_columns(const Call& call, int begin, int end, int rows, const Read& read, const OnColumn& on_column,
+                            const OnSet& on_set) {
+    using A = AccumulatorOf<T>;
+    const int width = int(call.walk.width), first = begin * width, columns = (end - begin) * width;
+    if (columns <= 0) return;
+    const Table<A, Value> table(call.scratch_offset, 1, columns);
+    over_rows<A, Value>(
+        rows, columns, call.scratch_offset, [&](int row, int column) { return read(row, first + column); },
+        [&](int column, Value v) {
+            on_column(first + column, v);
+            if (width == 1) on_set(begin + column, v);
+            else table.set(0, column, v);
+        });
+    if (width == 1) return;
+    sync_block();
+    int fold = 1;  // threads that share the columns of a set
+    while (fold < 32 && fold * 2 <= width) fold *= 2;
+    const int groups = int(block_threads()) / fold, group = int(thread_index()) / fold, member = int(thread_index()) % fold;
+    for (int start = 0; start < end - begin; start += groups) {
+        const int set = start + group;
+        Value sum;
+        NF_NO_UNROLL
+        for (int c = member; c < width && set < end - begin; c += fold) sum.merge(table.get(0, set * width + c));
+        sum = over_lanes(sum, fold);
+        if (member == 0 && set < end - begin) on_set(begin + set, sum);
+    }
+}
+
+// Two numbers per set of a narrow slab, from the threads that found them to the lanes of all
+template <class T> struct SetNumbers {
+    using A = AccumulatorOf<T>;
+    static constexpr int V = vector_size<T>;
+    int columns;
+    Shared<A> numbers;
+
+    NF_DEVICE SetNumbers(const Call& call, const Slab<T, false>& slab)
+        : columns(slab.team * V), numbers(shared_at<A>(call.columns_offset, 2 * columns)) {}
+    NF_DEVICE void leave(int set, const Pair<A>& pair) const {
+        numbers.set(set, pair.first);
+        numbers.set(columns + set, pair.second);
+    }
+    // They are left again only behind the barriers of the next slab
+    NF_DEVICE void take(const Call& call, const Slab<T, false>& slab, A (&first)[V], A (&second)[V]) const {
+        sync_block();
+        NF_UNROLL
+        for (int j = 0; j < V; ++j) {
+            const int set = slab.set_of_column(call.walk, uint32_t(slab.column(j)));
+            first[j] = slab.has(j) ? numbers.get(set) : A(0);
+            second[j] = slab.has(j) ? numbers.get(columns + set) : A(0);
+        }
+    }
+};
+
+// The same for all sets of the slab, whose two numbers reach the lanes of every thread
 template <class T, class Value, class Read, class OnColumn, class OnSet>
 NF_DEVICE void over_narrow_sets(const Call& call, const Slab<T, false>& slab, int rows, const Read& read, const OnColumn& on_column,
                                 const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>],
                                 AccumulatorOf<T> (&second)[vector_size<T>]) {
-    using A = AccumulatorOf<T>;
-    constexpr int V = vector_size<T>;
-    const int columns = slab.team * V, width = int(call.walk.width);
-    const Shared<A> numbers = shared_at<A>(call.columns_offset, 2 * columns);
-    const Table<A, Value> table(call.scratch_offset, 1, columns);
-    const auto leave = [&](int set, const Pair<A>& pair) {
-        numbers.set(set, pair.first);
-        numbers.set(columns + set, pair.second);
-    };
-    over_rows<A, Value>(rows, columns, call.scratch_offset, read, [&](int column, Value v) {
-        if (column >= slab.columns) return;
-        on_column(column, v);
-        if (width == 1) leave(column, on_set(column, v));
-        else table.set(0, column, v);
-    });
-    if (width > 1) {
-        sync_block();
-        int fold = 1;  // threads that share the columns of a set
-        while (fold < 32 && fold * 2 <= width) fold *= 2;
-        const int sets = slab.columns / width, groups = int(block_threads()) / fold;
-        const int group = int(thread_index()) / fold, member = int(thread_index()) % fold;
-        for (int start = 0; start < sets; start += groups) {
-            const int set = start + group;
-            Value sum;
-            NF_NO_UNROLL
-            for (int c = member; c < width && set < sets; c += fold) sum.merge(table.get(0, set * width + c));
-            sum = over_lanes(sum, fold);
-            if (member == 0 && set < sets) leave(set, on_set(set, sum));
-        }
-    }
-    sync_block();
-    NF_UNROLL
-    for (int j = 0; j < V; ++j) {
-        const int column = slab.column(j), set = slab.set_of_column(call.walk, uint32_t(column));
-        first[j] = slab.has(j) ? numbers.get(set) : A(0);
-        second[j] = slab.has(j) ? numbers.get(columns + set) : A(0);
-    }
-    // no barrier: the table was read before the last one, and the numbers are written again behind lay_out's
+    const SetNumbers<T> numbers(call, slab);
+    over_columns<T, Value>(call, 0, slab.sets(call.walk), rows, read, on_column,
+                           [&](int set, const Value& value) { numbers.leave(set, on_set(set, value)); });
+    numbers.take(call, slab, first, second);
 }
 
 // Values of threads -> of the set, for all threads of it
@@ -315,20 +349,15 @@ template <class A, bool kWide, class Value> NF_DEVICE Value load_partial(const C
 
 // Reduces what the threads hold, and writes it for the next launch: of a slab's set (wide) or columns (narrow)
 template <class T, bool kWide, class Value>
-NF_DEVICE void leave_partials(const Call& call, const Slab<T, kWide>& slab, const Value (&v)[sum_lanes<T, kWide>]) {
+NF_DEVICE void leave_partials(const Call& call, const Slab<T, kWide>& slab, Value (&v)[sum_lanes<T, kWide>]) {
     using A = AccumulatorOf<T>;
     if constexpr (kWide) {
         const Value sum = over_wide_set(call, slab, v[0]);
         if (slab.speaks()) store_partial<A, true>(call, slab.outer, 0, slab.chunk, sum);
     } else {
-        lay_out(call, slab, v);
-        const int columns = slab.team * vector_size<T>;
-        const Table<A, Value> table(call.scratch_offset, slab.teams, columns);
-        over_rows<A, Value>(
-            slab.teams, columns, call.scratch_offset, [&](int row, int column) { return table.get(row, column); },
-            [&](int column, const Value& sum) {
-                if (column < slab.columns) store_partial<A, false>(call, slab.outer, slab.column0 + column, slab.chunk, sum);
-            });
+        over_teams(call, slab, v, [&](int column, const Value& sum) {
+            store_partial<A, false>(call, slab.outer, slab.column0 + column, slab.chunk, sum);
+        });
     }
 }
 
@@ -342,10 +371,8 @@ template <class T, class Value> NF_DEVICE Value gather_partials(const Call& call
     return v;
 }
 template <class T, class Value> NF_DEVICE auto partial_reader(const Call& call, const Slab<T, false>& slab) {
-    return [&](int chunk, int column) {
-        return column < slab.columns ? load_partial<AccumulatorOf<T>, false, Value>(call, slab.outer, slab.column0 + column, chunk)
-                                     : Value();
-    };
+    return
+        [&](int chunk, int column) { return load_partial<AccumulatorOf<T>, false, Value>(call, slab.outer, slab.column0 + column, chunk); };
 }
 
 template <class T, bool kWide> NF_KERNEL(threads_of<kWide>) moments_kernel(NF_GRID_CONSTANT Call call) {

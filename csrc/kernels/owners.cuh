@@ -1,13 +1,21 @@
-// A set that several blocks hold: its value from theirs, in every one of them; and loads that run ahead of their use.
+// Sets that several blocks hold: their values from the blocks', in every one of them; and loads that run ahead of their use.
 //
-// Blocks of a cluster read each other's value from shared memory; a group of co-resident blocks leaves its values in ``partial`` and meets
-// at an arrival word. Values merge in the order of the chunks, so that the bits are the same in every run. A block sends and reads a few
-// numbers per set: 16 bytes from each of the others.
+// Blocks of a cluster read each other's values from shared memory; a group of co-resident blocks leaves its values in ``partial`` and meets
+// at an arrival word. Values merge in the order of the chunks, so that the bits are the same in every run.
+//
+// Wide: a value a block, which all blocks read: 16 bytes from each of the others. Narrow: a value per column. The blocks of a cluster read
+// all of them; those of a group, which are many, each finish some of the sets, and meet again before they read the others': 48 bytes a
+// column and block together.
 #pragma once
 
 #include "moments.cuh"
 
 namespace normfused {
+
+NF_DEVICE void meet_group(const Call& call, int64_t chunk) {
+    const int64_t chunks = call.walk.chunks, group = quotient(block_index(), chunks);
+    sync_blocks(Global<uint32_t>(call.tensors.arrivals).advance(call.group_words + group), unsigned(chunks), chunk == 0);
+}
 
 // ``v``: the block's value, in all its threads
 template <class T, class Value> NF_DEVICE Value over_owners(const Call& call, const Slab<T, true>& slab, const Value& v) {
@@ -29,9 +37,80 @@ template <class T, class Value> NF_DEVICE Value over_owners(const Call& call, co
         return over_lanes(other, 32);
     }
     if (thread_index() == 0) store_partial<A, true>(call, slab.outer, 0, slab.chunk, v);
-    const int64_t chunks = call.walk.chunks, group = quotient(block_index(), chunks);
-    sync_blocks(Global<uint32_t>(call.tensors.arrivals).advance(call.group_words + group), unsigned(chunks), slab.chunk == 0);
+    meet_group(call, slab.chunk);
     return over_wide_set(call, slab, gather_partials<T, Value>(call, slab));
+}
+
+// The values of a narrow slab's columns, from the blocks of a group: [column][chunk], 16 bytes each (of two numbers of 4 bytes: 8)
+template <class T, class Value> struct ColumnValues {
+    using A = AccumulatorOf<T>;
+    static constexpr int P = Value::size <= 2 ? 2 : 4, kPart = P * sizeof(A) <= 16 ? P : 16 / int(sizeof(A));
+    Global<A> numbers;
+    int64_t first, chunks;
+
+    NF_DEVICE ColumnValues(const Call& call, const Slab<T, false>& slab)
+        : numbers(call.partial), first(slab.outer * call.walk.cols + slab.column0), chunks(call.walk.chunks) {}
+    NF_DEVICE void set(int column, int chunk, const Value& v) const {
+        NF_UNROLL
+        for (int part = 0; part < P; part += kPart) {
+            Pack<A, kPart> pack;
+            NF_UNROLL
+            for (int i = 0; i < kPart; ++i) pack.data[i] = part + i < Value::size ? v.get(part + i) : A(0);
+            numbers.template store<kPart>(((first + column) * chunks + chunk) * P + part, pack);
+        }
+    }
+    NF_DEVICE Value get(int column, int chunk) const {
+        Value v;
+        NF_UNROLL
+        for (int part = 0; part < P; part += kPart) {
+            const Pack<A, kPart> pack = numbers.template load_coherent<kPart>(((first + column) * chunks + chunk) * P + part);
+            NF_UNROLL
+            for (int i = 0; i < kPart; ++i)
+                if (part + i < Value::size) v.set(part + i, pack.data[i]);
+        }
+        return v;
+    }
+};
+
+// ``v``: what the threads of a narrow slab hold -> two numbers of its sets for the lanes of every thread. on_column(column, value, stores)
+// may change a column's value before it joins its set's; on_set(set of the slab, value, stores) gives the numbers; ``stores`` in one block.
+template <class T, class Value, class OnColumn, class OnSet>
+NF_DEVICE void over_owned_sets(const Call& call, const Slab<T, false>& slab, Value (&v)[vector_size<T>], const OnColumn& on_column,
+                               const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>], AccumulatorOf<T> (&second)[vector_size<T>]) {
+    using A = AccumulatorOf<T>;
+    if (call.owner == Owner::group) {
+        const ColumnValues<T, Value> values(call, slab);
+        over_teams(call, slab, v, [&](int column, const Value& value) { values.set(column, slab.chunk, value); });
+        meet_group(call, slab.chunk);
+        // q and r of the sets, or mean and rstd
+        const Global<A> firsts = Global<A>(call.pairs[0]).advance(slab.first_set(call.walk));
+        const Global<A> seconds = Global<A>(call.pairs[1]).advance(slab.first_set(call.walk));
+        const int sets = slab.sets(call.walk), chunks = int(call.walk.chunks);
+        const int begin = int(int64_t(sets) * slab.chunk / chunks), end = int(int64_t(sets) * (slab.chunk + 1) / chunks);
+        over_columns<T, Value>(
+            call, begin, end, chunks, [&](int chunk, int column) { return values.get(column, chunk); },
+            [&](int column, Value& value) { on_column(column, value, true); },
+            [&](int set, const Value& value) {
+                const Pair<A> pair = on_set(set, value, true);
+                firsts.store(set, pair.first);
+                seconds.store(set, pair.second);
+            });
+        meet_group(call, slab.chunk);
+        const SetNumbers<T> numbers(call, slab);
+        for (int set = int(thread_index()); set < sets; set += int(block_threads()))
+            numbers.leave(set, {firsts.load_coherent(set), seconds.load_coherent(set)});
+        return numbers.take(call, slab, first, second);
+    }
+    const Table<A, Value> own(call.exchange_offset, 1, slab.team * vector_size<T>);
+    over_teams(call, slab, v, [&](int column, const Value& value) { own.set(0, column, value); });
+    const bool cluster = call.owner == Owner::cluster, stores = slab.chunk == 0;
+    if (cluster) sync_cluster();
+    else sync_block();
+    over_narrow_sets<T, Value>(
+        call, slab, int(call.walk.chunks),
+        [&](int chunk, int column) { return cluster ? own.on_block(chunk).get(0, column) : own.get(0, column); },
+        [&](int column, Value& value) { on_column(column, value, stores); },
+        [&](int set, const Value& value) { return on_set(set, value, stores); }, first, second);
 }
 
 // Before a block leaves: others of its cluster may still be reading its value

@@ -113,6 +113,7 @@ inline View view_of(const Problem& p) {
     w.row_vectors = int(ragged ? (w.cols + 2 * V - 2) / V : ceil_div(w.cols, V));
     w.aligned = (wide && rows) || (w.row_stride % V == 0 && w.high_stride % V == 0);
     w.width_inverse = ((uint64_t(1) << 40) + uint64_t(w.width) - 1) / uint64_t(w.width);
+    w.mask_shift = wide ? 30 : 2;
     w.sets_per_block = 1;
     w.chunks = w.vector_chunks = 1;
     w.slices = 1;
@@ -136,6 +137,11 @@ inline void share_out(Walk& w, int64_t rows, int row_vectors, int want, bool pow
         for (int parts = 1; parts <= 8; ++parts) consider(int(ceil_div(row_vectors, parts)));
     w.team = best_team;
     w.teams = best_teams;
+}
+
+// Threads to a narrow slab: teams of a row's vectors each, a batch to a thread at least
+inline void share_rows(Walk& w, int64_t rows, int batch, int most) {
+    w.teams = int(std::max<int64_t>(1, std::min<int64_t>(std::max(w.team, most) / w.team, ceil_div(rows, batch))));
 }
 
 // Slabs of a wide set for at most ``chunks`` blocks (``exactly``: as many, some perhaps empty; then chunks is a power of two), as equal as
@@ -170,15 +176,20 @@ inline void finish_walk(Walk& w, bool wide) {
     w.per_row = int(ceil_div(w.chunk_vectors, w.team));
     w.steps = int(ceil_div(w.chunk_rows, w.teams)) * w.per_row;
     w.units = wide ? ceil_div(w.outers, w.sets_per_block) * w.chunks : w.outers * w.chunks * w.slices;
+    w.folds = !wide && w.team < 32 && power_of_2(w.team) == w.team;
 }
 
-// Columns of a narrow slab: whole sets of at least ``bytes``. 0: a set is wider than a team of the most threads can hold.
+// Columns of a narrow slab: whole sets of about ``bytes``, whole sectors where sets and rows allow. 0: a set is wider than a team of the
+// most threads can hold.
 inline int64_t slice_of(const Walk& w, Type type, int64_t bytes) {
-    const int64_t V = vector_of(type), least = std::lcm(V, w.width), all = ceil_div(w.cols, V) * V;
-    if (w.width == w.cols) return all / V <= threads_of<false> ? all : 0;
+    const int64_t V = vector_of(type), sector = 32 / size_of(type), all = round_up(w.cols, V);
+    const auto fits = [&](int64_t columns) { return columns / V <= threads_of<false>; };
+    if (w.width == w.cols) return fits(all) ? all : 0;
+    int64_t least = std::lcm(w.cols % sector == 0 ? sector : V, w.width);
+    if (least > 8 * sector) least = std::lcm(V, w.width);  // a part of a sector at either end is less than more sums to exchange
     int64_t slice = least * std::max<int64_t>(1, bytes / size_of(type) / least);
     if (slice >= w.cols) slice = std::max(all, least);
-    return slice / V <= threads_of<false> ? slice : 0;
+    return fits(slice) ? slice : 0;
 }
 
 }  // namespace planning
@@ -205,11 +216,13 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
     const auto memory = [&](Plan& at) -> int64_t {  // offsets behind the slab; the reductions of wide sets need one exchange between warps
         const Walk& w = at.walk;
         const int64_t slab = round_up(int64_t(w.resident + w.spare) * batch * at.threads * vector_bytes, 16);
-        const int64_t lanes = at.wide ? 0 : int64_t(values) * V * std::max(w.team * w.teams, at.threads) * accumulator;
+        const int64_t lanes =
+            at.wide ? 0 : int64_t(values) * std::max(w.team * V * (w.folds ? at.threads / 32 : w.teams), at.threads) * accumulator;
         const int64_t tail = backward ? 4 * at.threads * accumulator : 0;  // grad_parameters.cuh in the last block
         const int64_t columns = slab + round_up(std::max<int64_t>({int64_t(values) * 32 * accumulator, lanes, tail}), 16);
         const int64_t exchange = columns + (at.wide ? 0 : round_up(int64_t(2) * w.team * V * accumulator, 16));
-        const int64_t sums = exchange + (at.owner == Owner::cluster ? 4 * accumulator : 0);
+        const bool exchanges = at.route == Route::single_pass && (!at.wide || at.owner == Owner::cluster);
+        const int64_t sums = exchange + (exchanges ? int64_t(4) * (at.wide ? 1 : w.team * V) * accumulator : 0);
         const int64_t channels = at.wide ? int64_t(w.row_vectors) * V : w.rows;
         const int64_t end = sums + (at.sums_offset < 0 ? 0 : values * channels * w.sets_per_block * accumulator);
         if (end < too_many) {
@@ -265,8 +278,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             w.slices = ceil_div(w.cols, w.slice);
             row_vectors = int(w.slice / V);
             w.team = row_vectors;
-            const int most = std::max(w.team, 256);
-            w.teams = int(std::max<int64_t>(1, std::min<int64_t>(most / w.team, ceil_div(w.rows, batch))));
+            share_rows(w, w.rows, batch, 256);
             at.threads = int(round_up(w.team * w.teams, 32));
         }
         w.chunk_rows = int(w.rows);
@@ -303,28 +315,42 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         return true;
     };
 
-    // ------------------------------------------------------------------------------------- single_pass, a set to several blocks
-    // What blocks hold of a set, in shared memory and in registers: one that shares its processor with another, one that has it alone
+    // ------------------------------------------------------------------------------------- single_pass, sets to several blocks
+    // What blocks hold of their sets, in shared memory and in registers: one that shares its processor with another, one that has it alone
     const int processors = limits.processors - limits.spare_processors;
-    const int64_t reductions = int64_t(values) * 32 * accumulator + 4 * 256 * accumulator;
-    const int64_t registers = int64_t(batch) * 256 * vector_bytes;
-    const int64_t half = std::min(limits.shared_bytes_per_block, limits.shared_bytes_per_processor / 2 - 1024) - reductions + registers;
-    const int64_t whole = limits.shared_bytes_per_block - 2 * reductions + 2 * registers;
-    const auto at_once = [&](const Plan& at) {  // blocks of a processor: by shared memory, threads, and registers (128 a thread)
-        return std::min({limits.shared_bytes_per_processor / (at.shared_bytes + 1024), limits.threads_per_processor / at.threads,
-                         threads_of<true> / at.threads});
+    const int most_threads = view.wide ? threads_of<true> : threads_of<false>;
+    const int half_threads = most_threads / 2;
+    const int64_t registers = int64_t(batch) * half_threads * vector_bytes;
+    const auto half = [&](int64_t reductions) {
+        return std::min(limits.shared_bytes_per_block, limits.shared_bytes_per_processor / 2 - 1024) - reductions + registers;
     };
-    const auto owned = [&](Owner owner, int64_t chunks, int most, int least_at_once = 1) -> bool {
+    const auto whole = [&](int64_t reductions) { return limits.shared_bytes_per_block - 2 * reductions + 2 * registers; };
+    const auto at_once = [&](const Plan& at) {  // blocks of a processor: by shared memory, threads, and registers
+        return std::min({limits.shared_bytes_per_processor / (at.shared_bytes + 1024), limits.threads_per_processor / at.threads,
+                         most_threads / at.threads});
+    };
+    // ``slice``: columns, of narrow sets. ``partly``: what does not fit may be read again
+    const auto owned = [&](int64_t slice, Owner owner, int64_t chunks, int most, int least_at_once = 1, bool partly = false) -> bool {
         Plan at = plan;
         Walk& w = at.walk = view.walk;
         at.route = Route::single_pass;
         at.owner = owner;
-        cut(w, chunks, owner == Owner::cluster);
-        w.slice = w.cols;
+        w.slice = slice;
+        if (view.wide) {
+            cut(w, chunks, owner == Owner::cluster);
+            share_out(w, w.chunk_rows, w.chunk_vectors, batch, backward && !w.one_channel, most);
+        } else {
+            w.slices = ceil_div(w.cols, slice);
+            w.chunks_adjoin = true;
+            if (w.rows > (int64_t(1) << 30)) return false;
+            w.chunk_rows = int(ceil_div(w.rows, chunks));
+            w.chunks = owner == Owner::cluster ? chunks : ceil_div(w.rows, w.chunk_rows);
+            w.chunk_vectors = w.team = int(slice / V);
+            share_rows(w, w.chunk_rows, batch, most);
+        }
         if (w.chunks < 2) return false;
-        share_out(w, w.chunk_rows, w.chunk_vectors, batch, backward && !w.one_channel, most);
         at.threads = int(round_up(w.team * w.teams, 32));
-        finish_walk(w, true);
+        finish_walk(w, view.wide);
         if (!spans(w) || w.units >= too_many) return false;
         const int batches = int(ceil_div(w.steps, batch));
         w.resident = batches - 1;
@@ -337,7 +363,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             // the part that does not fit is read again, by way of slots that are free at first
             const int least = landing_ahead;
             if (!fits()) {
-                if (least_at_once > 1) return false;
+                if (!partly) return false;
                 int low = least, high = batches - 1;  // the most that fits
                 while (low < high) {
                     w.resident = (low + high + 1) / 2;
@@ -347,13 +373,14 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
                 w.resident = low;
                 if (low >= batches - 1 || !fits() || 5 * low < batches) return false;  // below a fifth two launches will do (unmeasured)
             }
-            const int64_t most_groups = int64_t(processors) * at_once(at) / w.chunks, sets = w.outers;
-            at.groups = int(ceil_div(sets, ceil_div(sets, std::min(sets, most_groups))));
+            const int64_t held = w.units / w.chunks;
+            const int64_t most_groups = int64_t(processors) * at_once(at) / w.chunks;
+            at.groups = int(ceil_div(held, ceil_div(held, std::min(held, most_groups))));
             at.blocks = at.groups * w.chunks;
             // room that is left takes the beginning of the next slab
             const int together = at_once(at);
             const auto room = [&] { return memory(at) <= limits.shared_bytes_per_block && at_once(at) >= together; };
-            if (sets > at.groups && w.resident == batches - 1) {
+            if (held > at.groups && w.resident == batches - 1) {
                 const int64_t left =
                     std::min(limits.shared_bytes_per_block, limits.shared_bytes_per_processor / together - 1024) - at.shared_bytes;
                 w.spare = int(std::min<int64_t>(w.resident, std::max<int64_t>(0, left) / (int64_t(batch) * at.threads * vector_bytes)));
@@ -367,29 +394,70 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         plan.read_x = 1 + double(batches - 1 - w.resident) / batches;
         return true;
     };
+    const bool forced = forced_route > int(Route::two_pass);
+    // What owners hold at a time, a wide set or the sets of a slice: how many there are, of how many bytes, and to how many blocks they go
+    struct Share {
+        int64_t slice, held, bytes, reductions = 0, needed = 0, useful = 0, wanted = 0;
+    };
+    const auto share_of = [&](int64_t slice) {
+        // bytes worth a block of its own, which exchanges 16 bytes, or (narrow) 48 for each of its columns (unmeasured)
+        const int64_t least = view.wide ? 8192 : 32768;
+        Share s = {slice, view.walk.outers, view.walk.rows * view.walk.row_vectors * int64_t(vector_bytes)};
+        s.reductions = (int64_t(values) * 32 + 4 * 256) * accumulator;
+        if (!view.wide) {
+            const int64_t team = slice / V, rows = team < 32 && power_of_2(team) == team ? half_threads / 32 : half_threads / team;
+            s.held *= ceil_div(view.walk.cols, slice);
+            s.bytes = view.walk.rows * team * vector_bytes;
+            s.reductions = (values * std::max<int64_t>(rows * slice, half_threads) + 6 * slice) * accumulator;
+        }
+        s.needed = ceil_div(s.bytes, half(s.reductions));
+        s.useful = std::max<int64_t>(1, s.bytes / least);
+        s.wanted = std::max(s.needed, std::min(ceil_div(2 * processors, s.held), s.useful));
+        return s;
+    };
+    const auto by_clusters = [&](const Share& s, bool group) -> bool {
+        const int64_t largest = limits.largest_cluster, of_two = power_of_2(std::max<int64_t>(2, s.wanted));
+        if (largest < 2) return false;
+        // a cluster is no burden to other kernels; but few sets in clusters would leave most of the device idle
+        // (if they have more to read than what the meetings of a group cost: unmeasured)
+        const bool idle = of_two > largest && 2 * largest * s.held < processors && s.bytes > largest * 65536;
+        if (idle && group && !forced) return false;
+        if (owned(s.slice, Owner::cluster, std::min(of_two, largest), half_threads)) return true;
+        return ceil_div(s.bytes, whole(s.reductions)) <= largest && owned(s.slice, Owner::cluster, largest, most_threads);
+    };
+    // ``least``: groups that must find room at once
+    const auto by_groups = [&](const Share& s, int64_t least, bool partly) -> bool {
+        const int64_t resident = 2 * int64_t(processors);
+        if (s.needed > resident)
+            return partly && (owned(s.slice, Owner::group, resident, half_threads, 1, true) ||
+                              owned(s.slice, Owner::group, processors, half_threads, 1, true));
+        // as many groups as find room, so that some load while others wait or store; then as many blocks to a group
+        const int64_t groups = std::max<int64_t>(1, std::min(s.held, resident / std::max<int64_t>(2, s.needed)));
+        if (groups < std::min(least, s.held)) return false;
+        const int64_t equal = resident / ceil_div(s.held, ceil_div(s.held, groups));
+        for (int64_t chunks = std::max<int64_t>({2, s.needed, std::min(equal, s.useful)}); chunks <= resident; chunks += 1 + chunks / 8)
+            if (owned(s.slice, Owner::group, chunks, half_threads, 2)) return true;
+        return partly && owned(s.slice, Owner::group, std::max<int64_t>(2, s.needed), half_threads, 1, true);
+    };
     const auto several = [&](bool cluster, bool group) -> bool {
-        const int64_t set_bytes = view.walk.rows * view.walk.row_vectors * int64_t(vector_bytes), sets = view.walk.outers;
-        const int64_t least = 8192;  // bytes worth a block of its own (unmeasured)
-        const int64_t needed = ceil_div(set_bytes, half), useful = std::max<int64_t>(1, set_bytes / least);
-        const int64_t wanted = std::max(needed, std::min(ceil_div(2 * processors, sets), useful));
-        const bool forced = forced_route > int(Route::two_pass);
-        if (wanted < 2 && !forced) return false;
-        const int64_t largest = cluster ? limits.largest_cluster : 1, of_two = power_of_2(std::max<int64_t>(2, wanted));
-        if (largest > 1) {
-            // a cluster is no burden to other kernels; but few sets in clusters would leave most of the device idle
-            const bool idle = !forced && group && of_two > largest && 2 * largest * sets < processors;
-            if (!idle && owned(Owner::cluster, std::min(of_two, largest), 256)) return true;
-            if (!idle && ceil_div(set_bytes, whole) <= largest && owned(Owner::cluster, largest, threads_of<true>)) return true;
+        if (view.wide) {
+            const Share s = share_of(view.walk.cols);
+            if (s.wanted < 2 && !forced) return false;
+            return (cluster && by_clusters(s, group)) || (group && by_groups(s, 1, true));
+        }
+        // slices of whole lines of memory where they fit, of half lines where only they do, or where lines would leave a ragged slice
+        const int64_t line = slice_of(view.walk, p.type, 128), half_line = slice_of(view.walk, p.type, 64);
+        if (half_line == 0) return false;
+        const bool even = line > 0 && (view.walk.cols % line == 0 || view.walk.cols >= 4 * line);
+        const Share shares[] = {share_of(even ? line : half_line), share_of(half_line)};
+        for (const Share& s : shares) {
+            if (s.wanted < 2 && !forced) return false;
+            if (cluster && by_clusters(s, group)) return true;
         }
         if (!group) return false;
-        const int64_t resident = 2 * int64_t(processors);
-        if (needed > resident) return owned(Owner::group, resident, 256) || owned(Owner::group, processors, 256);
-        // as many groups as find room, so that some load while others wait or store; then as many blocks to a group
-        const int64_t groups = std::max<int64_t>(1, std::min(sets, resident / std::max<int64_t>(2, needed)));
-        const int64_t equal = resident / ceil_div(sets, ceil_div(sets, groups));
-        for (int64_t chunks = std::max<int64_t>({2, needed, std::min(equal, useful)}); chunks <= resident; chunks += 1 + chunks / 8)
-            if (owned(Owner::group, chunks, 256, 2)) return true;
-        return owned(Owner::group, std::max<int64_t>(2, needed), 256);
+        for (const Share& s : shares)
+            if (by_groups(s, 2, false)) return true;
+        return by_groups(shares[1], 1, true);
     };
 
     // ------------------------------------------------------------------------------------------------ a launch per pass
@@ -435,7 +503,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             w.slices = ceil_div(w.cols, w.slice);
             row_vectors = int(w.slice / V);
             w.team = row_vectors;
-            w.teams = int(std::max<int64_t>(1, std::min<int64_t>(std::max(256, w.team) / w.team, w.rows)));
+            share_rows(w, w.rows, 1, 256);
             plan.threads = int(round_up(w.team * w.teams, 32));
             const int64_t units = w.outers * w.slices;
             const int64_t wanted = std::max<int64_t>(1, std::min(ceil_div(wanted_blocks, units), w.rows / (int64_t(w.teams) * 4)));
@@ -470,7 +538,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             if (!single(128)) single(64);
         } else {
             bool found = false;
-            if (allowed && view.wide) found = several(forced_route != by_group, pool && forced_route != by_cluster);
+            if (allowed) found = several(forced_route != by_group, pool && forced_route != by_cluster);
             if (allowed && !found) {
                 found = single(128) || single(64);
                 if (found && forced_route < 0) {

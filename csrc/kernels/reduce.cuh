@@ -45,10 +45,11 @@ template <class A, int kSize> struct Sums {
     }
 };
 
-// Over groups of ``threads`` (a power of two, at most 32) neighbouring lanes. The lower lane's value always comes first.
-template <class Value> NF_DEVICE Value over_lanes(Value v, int threads) {
+// Over groups of ``threads`` (a power of two, at most 32) neighbouring lanes, or of every ``step``-th of them. The lower lane's value
+// always comes first.
+template <class Value> NF_DEVICE Value over_lanes(Value v, int threads, int step = 1) {
     NF_NO_UNROLL
-    for (int mask = 1; mask < threads; mask *= 2) {
+    for (int mask = step; mask < threads; mask *= 2) {
         Value other;
         NF_UNROLL
         for (int i = 0; i < Value::size; ++i) other.set(i, shuffle_xor(v.get(i), mask));
@@ -113,6 +114,11 @@ template <class A, class Value> struct Table {
     int columns;
 
     NF_DEVICE Table(int offset, int rows, int columns_) : numbers(shared_at<A>(offset, Value::size * rows * columns_)), columns(columns_) {}
+    NF_DEVICE Table on_block(unsigned rank) const {
+        Table other = *this;
+        other.numbers = numbers.on_block(rank);
+        return other;
+    }
     NF_DEVICE int slot(int row, int i, int column) const { return (row * Value::size + i) * columns + column; }
     NF_DEVICE Value get(int row, int column) const {
         Value v;

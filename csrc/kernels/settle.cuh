@@ -57,10 +57,8 @@ template <class T, bool kWide, class Value, class Store> NF_DEVICE void settle_s
         const Value sum = over_wide_set(call, slab, gather_partials<T, Value>(call, slab));
         if (slab.speaks()) store(slab.outer, sum);
     } else {
-        over_rows<A, Value>(int(call.partials), slab.team * vector_size<T>, call.scratch_offset, partial_reader<T, Value>(call, slab),
-                            [&](int column, const Value& sum) {
-                                if (column < slab.columns) store(slab.first_set(call.walk) + column, sum);
-                            });
+        over_rows<A, Value>(int(call.partials), slab.columns, call.scratch_offset, partial_reader<T, Value>(call, slab),
+                            [&](int column, const Value& sum) { store(slab.first_set(call.walk) + column, sum); });
     }
 }
 

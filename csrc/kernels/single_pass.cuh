@@ -21,7 +21,7 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
         const Landing<forward_batch> landing(call, slab.steps, base);
         Moments<A> m[sum_lanes<T, kWide>];
         Vector<T> batch[forward_batch];
-        if constexpr (kWide && kRows) {
+        if constexpr (kWide == kRows) {
             collect_ahead(call, slab, landing, early, batch, m);
             if (call.walk.spare > 0 && unit + grid_blocks() < call.walk.units) {  // loads for while this block waits and stores
                 const Slab<T, kWide> next(call.walk, unit + grid_blocks());

@@ -61,10 +61,12 @@ template <class T, bool kWide> struct Slab {
             outer = block_sets * w.sets_per_block + set_in_block;
             live = outer < w.outers;
         } else {
-            const int64_t slabs = quotient(unit, w.slices);
-            first_column = (unit - slabs * w.slices) * w.slice;
-            outer = quotient(slabs, w.chunks);
-            chunk = int(slabs - outer * w.chunks);
+            const int64_t fast = w.chunks_adjoin ? w.chunks : w.slices, slow = w.chunks_adjoin ? w.slices : w.chunks;
+            const int64_t rest = quotient(unit, fast);
+            outer = quotient(rest, slow);
+            const int64_t at_fast = unit - rest * fast, at_slow = rest - outer * slow;
+            chunk = int(w.chunks_adjoin ? at_fast : at_slow);
+            first_column = (w.chunks_adjoin ? at_slow : at_fast) * w.slice;
             live = true;
         }
         row_lane = thread / team;
@@ -189,9 +191,12 @@ template <class T, bool kWide> struct Slab {
             if (j >= s.first && j < s.last) to.store(j, v.data[j]);
     }
 
-    // The mask has one byte per vector of every row: [outer][row][vector]
+    // The mask has one byte per vector of every row, in strips of 2^mask_shift vectors: [outer][strip][row][vector of the strip, which is
+    // narrower at the end]
     NF_DEVICE int64_t mask_at(const Walk& w, const Cursor& c) const {
-        return (outer * w.rows + row0 + c.row) * w.row_vectors + vector0 + c.vector;
+        const int vector = vector0 + c.vector, before = vector >> w.mask_shift << w.mask_shift;
+        const int strip = min_(1 << w.mask_shift, w.row_vectors - before);
+        return (outer * w.row_vectors + before) * w.rows + (row0 + c.row) * strip + (vector - before);
     }
 
     NF_DEVICE int64_t row_channel(const Walk& w, int row) const { return channel0 + (row0 + row) * w.row_channels; }
@@ -205,6 +210,7 @@ template <class T, bool kWide> struct Slab {
     static NF_DEVICE int set_of_column(const Walk& w, uint32_t column) {
         return int(w.width == 1 ? column : uint32_t(column * w.width_inverse >> 40));
     }
+    NF_DEVICE int sets(const Walk& w) const { return kWide ? 1 : int(columns / w.width); }
     NF_DEVICE int64_t first_set(const Walk& w) const { return kWide ? outer : outer * w.sets_per_outer + column0 / w.width; }
     // The one thread that speaks for a set (wide), or for the columns of its lanes
     NF_DEVICE bool speaks() const { return live && row_lane == 0 && (!kWide || lane == 0); }

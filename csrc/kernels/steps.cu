@@ -28,12 +28,12 @@ constexpr int group_words = 1;  // behind the word of the last block to finish
 
 // Numbers of the accumulator's type that a step needs beside its outputs
 struct Workspace {
-    int64_t partial = 0, channel_sums = 0, shared_act = 0, variances = 0, set_coefficients = 0;
+    int64_t partial = 0, pairs = 0, channel_sums = 0, shared_act = 0, variances = 0, set_coefficients = 0;
     uint32_t arrivals = 0;  // words: the one of the last block first, then one per group
     int64_t entries = 0;
     bool finish = false, parameters_launch = false;
 
-    int64_t numbers() const { return partial + channel_sums + shared_act + variances + set_coefficients; }
+    int64_t numbers() const { return partial + pairs + channel_sums + shared_act + variances + set_coefficients; }
 };
 
 bool has(const Parameter& p) { return p.data != nullptr; }
@@ -47,7 +47,7 @@ Workspace workspace(const Problem& p, Step step, const Needs& needs, const Plan&
     if (step == Step::moments || step == Step::grad_moments) s.partial = partial;
     if (step == Step::grad_moments) s.channel_sums = p.N * p.C;  // of act_weight
     if (step == Step::norm_act) {
-        if (plan.route == Route::two_pass || plan.owner == Owner::group) s.partial = partial;
+        if (plan.route == Route::two_pass) s.partial = partial;
         if (p.scope == Scope::sample_group && p.batch_statistics) s.variances = p.sets();
         if (plan.route == Route::single_pass && p.scope == Scope::channel && p.cumulative) s.arrivals = 1;
     }
@@ -78,9 +78,12 @@ Workspace workspace(const Problem& p, Step step, const Needs& needs, const Plan&
             s.parameters_launch = !s.finish;
         }
         if (p.scope == Scope::channel) s.entries = 1;
-        if (plan.owner == Owner::group) s.partial = partial;
     }
-    if (plan.owner == Owner::group) s.arrivals = group_words + uint32_t(plan.groups);
+    if (plan.owner == Owner::group) {
+        s.partial = plan.wide ? partial : 4 * w.chunks * columns;  // owners.cuh
+        s.pairs = plan.wide ? 0 : 2 * p.sets();
+        s.arrivals = group_words + uint32_t(plan.groups);
+    }
     return s;
 }
 
@@ -155,10 +158,11 @@ class Run {
         call.exchange_offset = plan.exchange_offset;
         call.group_words = group_words;
         const int batches = int(planning::ceil_div(plan.walk.steps, plan.batch));
-        call.streams = plan.route == Route::single_pass && plan.wide && plan.rows && plan.walk.resident < batches - 1;
+        call.streams = plan.route == Route::single_pass && plan.wide == plan.rows && plan.walk.resident < batches - 1;
         if (plan.owner == Owner::group) {
             call.partial = take(space.partial);
             call.partials = plan.walk.chunks;
+            for (void*& numbers : call.pairs) numbers = take(space.pairs / 2);
         }
     }
 

@@ -24,17 +24,20 @@ struct Walk {
     int64_t outers, period, high_stride, low_stride;
     int64_t rows, row_stride, cols, elements;
     int row_vectors;  // vectors that a row may touch; one more than it fills where rows start off a 16-byte boundary
+    int mask_shift;  // the mask's strips (slab.cuh): of 64 bytes of narrow sets, so that a slice has them whole; of wide ones whole rows
     int64_t low_channels, row_channels;  // channel of (o, row, column) where channels run along rows: base + row*row_channels
-    int64_t width, sets_per_outer;       // set of (o, column) = o*sets_per_outer + column / width; wide: o
-    uint64_t width_inverse;              // 2^40 / width, rounded up: column / width = column*width_inverse >> 40 while C < 2^20
+    int64_t width, sets_per_outer;  // set of (o, column) = o*sets_per_outer + column / width; wide: o
+    uint64_t width_inverse;  // 2^40 / width, rounded up: column / width = column*width_inverse >> 40 while C < 2^20
     // the cut: a block's slab is ``slice`` columns x ``chunk_rows`` rows (wide: x chunk_vectors vectors) of a matrix
     int64_t slice, slices;  // narrow; a multiple of the vector and of width
     int64_t chunks;  // = row chunks * vector_chunks
     int chunk_rows, chunk_vectors, vector_chunks;
     int per_row, steps;  // vectors that a thread meets in a row and in all rows of a slab
     int64_t units;  // slabs of the launch, all chunks counted
+    bool chunks_adjoin;  // neighbouring units are chunks of the same sets, which exchange; else slices, which share lines of memory
     // threads: ``teams`` teams of ``team`` threads; a team takes a row, a thread every team-th vector of it
     int team, teams;
+    bool folds;  // narrow: teams are a power of two below 32, and those of a warp merge their sums by shuffles
     int sets_per_block;  // wide: several small sets to a block, each with team*teams threads (then at most 32)
     // the batches of vectors that stay on chip between the two passes over a slab, at the end of the walk; the last in registers
     int resident, spare;  // places in shared memory for them, and beyond them for batches of the next slab

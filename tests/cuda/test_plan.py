@@ -182,9 +182,10 @@ def check_owner(q: Question, at: dict[str, Any]) -> None:
     else:
         assert q.pool, at
         assert at["blocks"] == at["groups"] * at["chunks"], at
-        assert 1 <= at["groups"] <= at["outers"], at
-        # the system keeps 1 KB of every block; kernels have up to 128 registers a thread, of 65,536
-        at_once = min(processor_bytes // (at["shared_bytes"] + 1024), threads // at["threads"], 65536 // (128 * at["threads"]))
+        assert 1 <= at["groups"] <= at["outers"] * (1 if at["wide"] else at["slices"]), at
+        # the system keeps 1 KB of every block; kernels have up to 128 registers a thread (narrow sets: 168), of 65,536
+        registers = 128 if at["wide"] else 168
+        at_once = min(processor_bytes // (at["shared_bytes"] + 1024), threads // at["threads"], 65536 // (registers * at["threads"]))
         assert at["blocks"] <= (processors - spare) * at_once, at
 
 
@@ -307,8 +308,12 @@ def expected_spot(at: dict[str, Any], V: int, unit: int, thread: int, step: int)
         unit, chunk = divmod(unit, at["chunks"])
         outer = unit * at["sets_per_block"] + group
     else:
-        unit, part = divmod(unit, at["slices"])
-        outer, chunk = divmod(unit, at["chunks"])
+        if at["chunks_adjoin"]:
+            unit, chunk = divmod(unit, at["chunks"])
+            outer, part = divmod(unit, at["slices"])
+        else:
+            unit, part = divmod(unit, at["slices"])
+            outer, chunk = divmod(unit, at["chunks"])
         first_column = part * at["slice"]
     row_lane, lane = divmod(thread, at["team"])
     row_chunk, vector_chunk = divmod(chunk, at["vector_chunks"])
@@ -328,7 +333,10 @@ def expected_spot(at: dict[str, Any], V: int, unit: int, thread: int, step: int)
     first, last = max(0, -column), min(V, end - column)
     if last <= first:
         return None
-    return run + column, first, last, (outer * at["walk_rows"] + row) * at["row_vectors"] + first_column // V + vector
+    vector += first_column // V
+    strip = vector >> at["mask_shift"] << at["mask_shift"]  # its first vector
+    width = min(1 << at["mask_shift"], at["row_vectors"] - strip)
+    return run + column, first, last, (outer * at["row_vectors"] + strip) * at["walk_rows"] + row * width + vector - strip
 
 
 @pytest.mark.parametrize("step", WHOLE_STEPS)

@@ -255,12 +255,13 @@ def test_promises(sets: str, rung: str, layout: str, dtype: torch.dtype, route: 
 
 @pytest.mark.parametrize("route", ["cluster", "group"])
 @pytest.mark.parametrize("dtype", QUICK_DTYPES)
+@pytest.mark.parametrize("layout", ["nchw", NHWC])
 @pytest.mark.parametrize("rung", [rung for rung in LADDER if rung != "one position"])
 @pytest.mark.parametrize("sets", ["channel", "group", "instance"])
-def test_shared_sets_are_read_once(sets: str, rung: str, dtype: torch.dtype, route: str, machine: Machine) -> None:
+def test_shared_sets_are_read_once(sets: str, rung: str, layout: str, dtype: torch.dtype, route: str, machine: Machine) -> None:
     """However a set is cut into slabs, blocks that share it ask for it once."""
     for mode in MODES:
-        for m in measure(make(sets, LADDER[rung], "nchw", dtype=dtype, route=route, limits=SMALL, **mode), machine):
+        for m in measure(make(sets, LADDER[rung], layout, dtype=dtype, route=route, limits=SMALL, **mode), machine):
             if m.plan["owner"] == "block":  # no set has two vectors
                 continue
             assert (m.plan["route"], m.plan["owner"]) == ("single_pass", route)
@@ -274,14 +275,33 @@ SCALED = {
     "one processor to spare": (4, 80000, 162048, 512, 1, 1),
     "one block to a processor": (8, 98000, 100000, 512, 1, 0),
 }
-# bytes of a set in bfloat16, from what a block holds to what eight do not
+# bytes of a set in bfloat16, from what a block holds to what eight do not; in NHWC, of the sets of 64 bytes of channels
 SHARED = {
-    "two blocks": ("channel", (4, 3, 96, 112)),
-    "four blocks": ("group", (2, 6, 96, 192)),
-    "all blocks": ("instance", (1, 2, 400, 448)),
-    "more than all": ("instance", (1, 2, 512, 704)),
-    "twice of all": ("channel", (2, 1, 640, 480)),
+    "two blocks": ("channel", "nchw", (4, 3, 96, 112)),
+    "four blocks": ("group", "nchw", (2, 6, 96, 192)),
+    "all blocks": ("instance", "nchw", (1, 2, 400, 448)),
+    "more than all": ("instance", "nchw", (1, 2, 512, 704)),
+    "twice of all": ("channel", "nchw", (2, 1, 640, 480)),
+    "two blocks of columns": ("channel", NHWC, (4, 96, 20, 20)),
+    "four blocks of columns": ("group", NHWC, (2, 96, 60, 60)),
+    "all blocks of columns": ("instance", NHWC, (2, 64, 72, 72)),
+    "columns beyond all": ("channel", NHWC, (3, 32, 64, 64)),
+    "twice of all columns": ("channel", NHWC, (4, 64, 72, 64)),
 }
+
+
+def passed_between_blocks(m: Measured) -> float:
+    """The bound of what blocks tell each other, in sectors: of wide sets 2 % of x. Of narrow ones a value of 16 bytes a column of each slab,
+    written and read by itself; two numbers a set for each of its blocks; and the words they meet at, twice."""
+    if m.plan["sets"] == "wide":
+        return 0.02 * m.of("x")["read_sectors"]
+    width = m.case.p.C // m.case.p.groups if m.case.p.scope == SAMPLE_GROUP else 1
+    columns = m.case.p.C * (m.case.p.N if m.case.p.scope == SAMPLE_GROUP else 1)
+    value = 2 if m.case.x.element_size() == 8 else 1
+    values = 2 * columns * m.plan["chunks"] * value
+    slabs = columns / m.plan["slice"] * m.plan["chunks"]
+    pairs = columns / width * 2 + slabs * 2 * (m.plan["slice"] / width * 4 / SECTOR + 1)
+    return values + pairs + 8 * slabs
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -289,33 +309,36 @@ SHARED = {
 @pytest.mark.parametrize("name", SHARED)
 def test_large_sets(name: str, scaled: str, dtype: torch.dtype, machine: Machine) -> None:
     """What fits the device is asked for once, of the rest only what does not fit again; next to nothing passes between blocks."""
-    sets, shape = SHARED[name]
+    sets, layout, shape = SHARED[name]
     for mode in ({"act": "silu"}, {"act": "relu", "residual": "pre_act"}):
-        case = make(sets, shape, "nchw", dtype=dtype, limits=SCALED[scaled], **mode)
-        set_bytes = case.p.count * dtype.itemsize
+        case = make(sets, shape, layout, dtype=dtype, limits=SCALED[scaled], **mode)
         for m in measure(case, machine):
-            resident = (2 - m.plan["reads_of_x"]) * set_bytes  # R
             for tensor in ("x", "dy") if m.backward else ("x",):
-                asked = m.of(tensor)["read_bytes"] / m.bytes
-                assert asked == 1 if m.plan["reads_of_x"] == 1 else asked <= 1.05 * (2 - resident / set_bytes), (asked, m.plan)
+                asked, planned = m.of(tensor)["read_bytes"] / m.bytes, m.plan["reads_of_x"]
+                # 2 - R/set
+                assert asked == 1 if planned == 1 else asked <= 1.05 * planned, (asked, m.plan)
                 assert m.of(tensor)["read_distinct"] * SECTOR == m.bytes
+                if planned == 1 and layout == NHWC:
+                    assert m.of(tensor)["read_sectors"] * SECTOR == m.bytes, m.plan
             if m.plan["owner"] == "block":
                 continue
             assert m.of("dx" if m.backward else "y")["write_bytes"] == m.bytes
             passed = sum(m.of(t).get(f"{what}_sectors", 0) for t in ("scratch", "arrivals") for what in ("read", "write"))
             own = 0 if m.case.p.scope == CHANNEL or not m.backward else 4 * 3 * m.case.p.N * m.case.p.C  # sums per channel, of any route
-            assert passed <= 0.02 * m.of("x")["read_sectors"] + own, (passed, m.counters["tensors"], m.plan)
+            assert passed <= passed_between_blocks(m) + own, (passed, m.counters["tensors"], m.plan)
 
 
-def test_every_kind_of_owner_is_met(machine: Machine) -> None:
+@pytest.mark.parametrize("layout", ["nchw", NHWC])
+def test_every_kind_of_owner_is_met(layout: str, machine: Machine) -> None:
     """By the tests above, forward and backward."""
     met = set()
     for device in SCALED.values():
-        for sets, shape in SHARED.values():
-            case = make(sets, shape, "nchw", dtype=torch.bfloat16, limits=device)
-            for step in ("norm_act", "norm_act_backward"):
-                plan = plan_of(case, step)
-                met.add((step, plan["owner"], plan["reads_of_x"] > 1))
+        for sets, own_layout, shape in SHARED.values():
+            if own_layout == layout:
+                case = make(sets, shape, layout, dtype=torch.bfloat16, limits=device)
+                for step in ("norm_act", "norm_act_backward"):
+                    plan = plan_of(case, step)
+                    met.add((step, plan["owner"], plan["reads_of_x"] > 1))
     for step in ("norm_act", "norm_act_backward"):
         assert {(step, "cluster", False), (step, "group", False), (step, "group", True)} <= met
 
@@ -495,8 +518,8 @@ def test_full_size(model: str, layout: str, step: str, device: torch.device, rec
         # partials of chunks are little beside a tensor that is worth cutting, or 2 MiB, which L2 holds; sums per channel of each sample or
         # block are what they are
         entries = {CHANNEL: 0, SAMPLE_GROUP: N, POSITION: plan["blocks"]}[scope] if "backward" in step else 0
-        assert plan["scratch_bytes"] <= max(0.02 * size, 2**21, 12 * C * entries), note
         tensors = 2 if "backward" in step else 1
+        assert plan["scratch_bytes"] <= max(0.025 * size * tensors, 2**21, 12 * C * entries), note
         if fits_a_block(scope, N, C, S, own, layout, tensors, H200["shared_bytes_per_block"]) and enough(scope, N, C, S, own, layout):
             assert plan["route"] == "single_pass", note
         if plan["route"] == "two_pass":

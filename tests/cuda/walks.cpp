@@ -150,13 +150,13 @@ const char* nf_plan(const Question* q) {
                   "\"settles\": %d, \"outers\": %lld, \"period\": %lld, \"high_stride\": %lld, \"low_stride\": %lld, \"walk_rows\": %lld, \"row_stride\": %lld, "
                   "\"cols\": %lld, \"row_vectors\": %d, \"slice\": %lld, \"slices\": %lld, \"chunks\": %lld, \"chunk_rows\": %d, \"chunk_vectors\": %d, "
                   "\"vector_chunks\": %d, \"per_row\": %d, \"steps\": %d, \"units\": %lld, \"team\": %d, \"teams\": %d, \"sets_per_block\": %d, "
-                  "\"resident\": %d, \"phase_mask\": %d, \"batch\": %d, \"owner\": %d, \"groups\": %d, \"spare\": %d, \"read_x\": %.9g}",
+                  "\"resident\": %d, \"phase_mask\": %d, \"batch\": %d, \"owner\": %d, \"groups\": %d, \"spare\": %d, \"read_x\": %.9g, \"chunks_adjoin\": %d, \"mask_shift\": %d, \"folds\": %d}",
                   int(plan.route), q->columns ? 0 : plan.wide, q->columns ? 0 : plan.rows, q->columns ? plan.columns_threads : plan.threads,
                   (long long)(q->columns ? w.units : plan.blocks), plan.shared_bytes, plan.scratch_offset, plan.columns_pass, plan.settles, (long long)w.outers,
                   (long long)w.period, (long long)w.high_stride, (long long)w.low_stride, (long long)w.rows, (long long)w.row_stride, (long long)w.cols,
                   w.row_vectors, (long long)w.slice, (long long)w.slices, (long long)w.chunks, w.chunk_rows, w.chunk_vectors, w.vector_chunks, w.per_row,
                   w.steps, (long long)w.units, w.team, w.teams, w.sets_per_block, w.resident, w.phase_mask, plan.batch,
-                  int(plan.owner), plan.groups, w.spare, plan.read_x);
+                  int(plan.owner), plan.groups, w.spare, plan.read_x, w.chunks_adjoin, w.mask_shift, w.folds);
     return text;
 }
 }
