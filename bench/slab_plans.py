@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 from normfused.activations import parse
 from normfused.backends.cuda import _load
-from normfused.problem import CHANNEL, NCHW, POSITION, SAMPLE_GROUP, STANDARD, Problem
+from normfused.problem import CHANNEL, NCHW, NHWC, POSITION, PRE_ACT, SAMPLE_GROUP, STANDARD, Problem
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "slabs.md"
 H200 = {
@@ -38,6 +38,8 @@ class Layer:
     C: int
     S: int
     groups: int = 1
+    layout: str = NCHW
+    residual: str | None = None
 
     @property
     def sets(self) -> int:
@@ -47,10 +49,16 @@ class Layer:
     def tensor_bytes(self) -> int:
         return 2 * self.N * self.C * self.S
 
+    def held_bytes(self, slice_: int) -> int:
+        """Of what an owner holds at a time: a set, or in NHWC the sets of a slice of columns."""
+        if self.layout == NCHW or self.scope == POSITION:
+            return self.tensor_bytes // self.sets
+        return 2 * min(slice_, self.C) * (self.N if self.scope == CHANNEL else 1) * self.S
+
     def problem(self) -> Problem:
         return Problem(
-            self.scope, STANDARD, self.N, self.C, self.S, self.groups, NCHW, torch.bfloat16, torch.device("cpu"), 1e-5, 0.1, True,
-            parse("relu"), None,
+            self.scope, STANDARD, self.N, self.C, self.S, self.groups, self.layout, torch.bfloat16, torch.device("cpu"), 1e-5, 0.1, True,
+            parse("relu"), self.residual,
         )  # fmt: skip
 
 
@@ -78,6 +86,14 @@ LAYERS = [
     Layer("RMS 16384x4096", POSITION, 16384, 4096, 1),
     Layer("LN 1024x12288", POSITION, 1024, 12288, 1),
 ]
+LAYERS_NHWC = [
+    *(replace(layer, layout=NHWC) for layer in LAYERS if layer.scope != POSITION),
+    *(
+        Layer(f"BN+add+ReLU, ResNet-50 b{b}, {c}@{s}²", CHANNEL, b, c, s * s, layout=NHWC, residual=PRE_ACT)
+        for b in (32, 256)
+        for c, s in ((256, 56), (512, 28), (1024, 14), (2048, 7))
+    ),
+]
 
 
 def owner(plan: dict[str, Any]) -> str:
@@ -86,45 +102,61 @@ def owner(plan: dict[str, Any]) -> str:
     if plan["owner"] == "cluster":
         return f"cluster of {plan['chunks']}"
     if plan["owner"] == "group":
-        return f"{plan['chunks']} blocks, {plan['groups']} set{'s' if plan['groups'] > 1 else ''} at a time"
+        return f"{plan['chunks']} blocks, {plan['groups']} at a time"
     return "a block"
 
 
 def row(library: _load.Library, layer: Layer) -> list[str]:
-    cells = [layer.name, f"{layer.tensor_bytes / 1e6:.4g}", f"{layer.tensor_bytes / layer.sets / 1e6:.3g}"]
-    for step, inputs in (("norm_act", 1), ("norm_act_backward", 2)):
+    cells = [layer.name, f"{layer.tensor_bytes / 1e6:.4g}"]
+    masked = layer.residual is not None
+    for step, inputs, outputs in (("norm_act", 1, 1 + masked), ("norm_act_backward", 2, 1 + masked)):
         plan = library.describe(layer.problem(), step, 7, H200)
         assert plan is not None
-        times = plan["reads_of_x"]
-        resident = max(0.0, 2 - times) * layer.tensor_bytes / layer.sets
-        asked = (inputs * times + 1) * layer.tensor_bytes
-        cells += [owner(plan), f"{resident / 1e6:.3g}", f"{times:.3g}", f"{asked / 1e6:.4g}", f"{1e6 * asked / COPY:.4g}"]
+        held, times = layer.held_bytes(plan["slice"]), plan["reads_of_x"]
+        # the residual is read once forward, a bit an element of mask is written; backward reads it as often as x, and writes dresidual
+        asked = inputs * times + outputs + masked * (1 if inputs == 1 else times) / 16
+        asked *= layer.tensor_bytes
+        if layer.layout == NHWC:
+            cells.append(f"{2 * min(plan['slice'], layer.C)}")
+        cells += [f"{held / 1e6:.3g}", owner(plan), f"{max(0.0, 2 - times) * held / 1e6:.3g}", f"{times:.3g}"]
+        cells += [f"{asked / 1e6:.4g}", f"{1e6 * asked / COPY:.4g}"]
     return cells
 
 
-def page(library: _load.Library) -> str:
-    head = [
-        "layer, NCHW",
-        "T",
-        "set",
-        *(f"{d}: {c}" for d in ("forward", "backward") for c in ("a set is held by", "R", "reads", "MB", "us")),
+def table(library: _load.Library, layers: list[Layer]) -> list[str]:
+    slices = ["slice"] if layers[0].layout == NHWC else []
+    columns = [*slices, "held", "by", "R", "reads", "MB", "us"]
+    head = [f"layer, {layers[0].layout.upper()}", "T", *(f"{d}: {c}" for d in ("forward", "backward") for c in columns)]
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row(library, layer)) + " |" for layer in layers),
     ]
+
+
+def page(library: _load.Library) -> str:
     lines = [
         "# Which blocks hold a set",
         "",
         "Written by `python -m bench.slab_plans`: the plan of csrc/kernels/plan.h for an H200 (132 processors, 227 KB of shared memory",
-        "a block), bfloat16, ReLU. **Arithmetic, not a measurement.** T: MB of x. Set: MB of the elements that share a mean. R: MB of a",
-        "set that stay on chip, of each input. Reads: how often each input is asked for, 2 - R/set. MB: all that is asked for and",
-        f"written, where the least is 2T forward and 3T backward. us: those bytes at {COPY / 1e12:g} TB/s, a copy rate that others report",
-        "of an H200.",
+        "a block), bfloat16, ReLU. **Arithmetic, not a measurement.** T: MB of x. Held: MB of what one block, cluster or group of blocks holds",
+        "at a time, a set, or in NHWC the sets of a slice of channels. R: MB of it that stay on chip, of each input. Reads: how often each",
+        "input is asked for, 2 - R/held. MB: all that is asked for and written, where the least is 2T forward and 3T backward (add+ReLU:",
+        f"3T + T/16 and 4T + T/16). us: those bytes at {COPY / 1e12:g} TB/s, a copy rate that others report of an H200.",
         "",
-        "| " + " | ".join(head) + " |",
-        "|" + "---|" * len(head),
-        *("| " + " | ".join(row(library, layer)) + " |" for layer in LAYERS),
+        *table(library, LAYERS),
         "",
         "A group of blocks is launched cooperatively, two blocks to a processor, so that some groups load while others wait or store.",
         "`normfused.set_spare_processors(n)` leaves n processors to kernels that run beside them. What a device cannot hold together is",
         "read again by the groups, or, where less than a fifth of it would stay, takes a launch per pass.",
+        "",
+        "## channels_last",
+        "",
+        "A slice is the bytes of channels of a position that go to one owner: whole lines of 128 bytes where at least two such slices find room",
+        "on the device at a time, else 64 bytes; with groups a multiple of a group's channels. All positions of the slice (and samples, in",
+        "batch norm) are held together.",
+        "",
+        *table(library, LAYERS_NHWC),
         "",
     ]
     return "\n".join(lines)

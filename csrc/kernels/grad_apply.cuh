@@ -101,7 +101,7 @@ NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Su
                 call, slab, int(call.partials), partial_reader<T, Value>(call, slab),
                 [&](int column, Value& sums) { on_column(column, sums, stores); }, on_set, g.q, g.r);
         } else {
-            over_owned_sets<T, Value>(
+            over_owned_sets<!kRows, T, Value>(
                 call, slab, sets, on_column, [&](int set, const Value& sums, bool) { return on_set(set, sums); }, g.q, g.r);
         }
     }

@@ -41,10 +41,11 @@ template <class T, class Value> NF_DEVICE Value over_owners(const Call& call, co
     return over_wide_set(call, slab, gather_partials<T, Value>(call, slab));
 }
 
-// The values of a narrow slab's columns, from the blocks of a group: [column][chunk], 16 bytes each (of two numbers of 4 bytes: 8)
+// The values of a narrow slab's columns, from the blocks of a group: [column][chunk], four numbers each
 template <class T, class Value> struct ColumnValues {
     using A = AccumulatorOf<T>;
-    static constexpr int P = Value::size <= 2 ? 2 : 4, kPart = P * sizeof(A) <= 16 ? P : 16 / int(sizeof(A));
+    static constexpr int P = 4, kPart = 16 / int(sizeof(A));
+    static_assert(Value::size <= P);
     Global<A> numbers;
     int64_t first, chunks;
 
@@ -74,11 +75,11 @@ template <class T, class Value> struct ColumnValues {
 
 // ``v``: what the threads of a narrow slab hold -> two numbers of its sets for the lanes of every thread. on_column(column, value, stores)
 // may change a column's value before it joins its set's; on_set(set of the slab, value, stores) gives the numbers; ``stores`` in one block.
-template <class T, class Value, class OnColumn, class OnSet>
+template <bool kShared, class T, class Value, class OnColumn, class OnSet>
 NF_DEVICE void over_owned_sets(const Call& call, const Slab<T, false>& slab, Value (&v)[vector_size<T>], const OnColumn& on_column,
                                const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>], AccumulatorOf<T> (&second)[vector_size<T>]) {
     using A = AccumulatorOf<T>;
-    if (call.owner == Owner::group) {
+    if (kShared && call.owner == Owner::group) {
         const ColumnValues<T, Value> values(call, slab);
         over_teams(call, slab, v, [&](int column, const Value& value) { values.set(column, slab.chunk, value); });
         meet_group(call, slab.chunk);
@@ -103,7 +104,7 @@ NF_DEVICE void over_owned_sets(const Call& call, const Slab<T, false>& slab, Val
     }
     const Table<A, Value> own(call.exchange_offset, 1, slab.team * vector_size<T>);
     over_teams(call, slab, v, [&](int column, const Value& value) { own.set(0, column, value); });
-    const bool cluster = call.owner == Owner::cluster, stores = slab.chunk == 0;
+    const bool cluster = kShared && call.owner == Owner::cluster, stores = slab.chunk == 0;
     if (cluster) sync_cluster();
     else sync_block();
     over_narrow_sets<T, Value>(

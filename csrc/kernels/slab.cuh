@@ -192,10 +192,11 @@ template <class T, bool kWide> struct Slab {
     }
 
     // The mask has one byte per vector of every row, in strips of 2^mask_shift vectors: [outer][strip][row][vector of the strip, which is
-    // narrower at the end]
+    // narrower at the end]; wide sets have one strip
     NF_DEVICE int64_t mask_at(const Walk& w, const Cursor& c) const {
-        const int vector = vector0 + c.vector, before = vector >> w.mask_shift << w.mask_shift;
-        const int strip = min_(1 << w.mask_shift, w.row_vectors - before);
+        const int vector = vector0 + c.vector;
+        if (kWide) return (outer * w.rows + row0 + c.row) * w.row_vectors + vector;
+        const int before = vector >> w.mask_shift << w.mask_shift, strip = min_(1 << w.mask_shift, w.row_vectors - before);
         return (outer * w.row_vectors + before) * w.rows + (row0 + c.row) * strip + (vector - before);
     }
 

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 import subprocess
@@ -462,6 +463,23 @@ def test_what_fits_the_device_is_read_once(layer: slab_plans.Layer, step: str) -
         assert at["read_x"] == 1, at
     else:
         assert at["read_x"] <= 1.05 * (2 - 30e6 / 2 / set_bytes), at
+
+
+@pytest.mark.parametrize("layer", slab_plans.LAYERS_NHWC, ids=lambda layer: layer.name)
+@pytest.mark.parametrize("step", WHOLE_STEPS)
+def test_slices_that_fit_the_device_are_read_once(layer: slab_plans.Layer, step: str) -> None:
+    """On an H200: slices of 64 bytes of channels up to 26 MB forward and 13 MB of each input backward; of the others what fits, if it is a
+    fifth of the slice at least."""
+    at = walks().plan(Question(layer.scope, layer.N, layer.C, layer.S, layer.groups, layer.layout, step=step, residual=layer.residual))
+    least = 2 * math.lcm(32, layer.C // layer.groups if layer.scope == SAMPLE_GROUP else 1)
+    held = layer.held_bytes(least // 2) * (2 + (layer.residual is not None) / 16 if "backward" in step else 1)
+    if held <= 26e6:
+        assert at["read_x"] == 1, at
+    elif held <= 4.5 * 26e6:
+        assert at["route"] == 0, at
+        assert at["read_x"] <= 1.05 * (2 - 26e6 / held), at
+    else:
+        assert at["read_x"] <= 2, at
 
 
 def spoken_for(case: Case) -> tuple[str, ...]:
