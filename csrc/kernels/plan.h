@@ -1,7 +1,7 @@
 // How a call is run: a pure function of the problem and of the device's limits, testable without a GPU.
 //
-// Routes: single_pass where a block, a cluster or a group of blocks can hold its sets on chip between the two passes over them (wide sets
-// along rows; others: a block), else two_pass (a launch per pass). Constants without a measurement behind them say so.
+// Routes: single_pass where a block, a cluster or a group of blocks can hold its sets on chip between the two passes over them (position
+// sets: a block), else two_pass (a launch per pass). Constants without a measurement behind them say so.
 #pragma once
 
 #include <algorithm>
