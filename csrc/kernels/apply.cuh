@@ -184,11 +184,9 @@ NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab, const La
     const bool adds = mode == ResidualMode::pre_act || mode == ResidualMode::post_act;
     const void* source = mode == ResidualMode::pre_norm ? t.h : t.x;
     auto cursor = slab.after((landing.last + 1) * K);
-    NF_NO_UNROLL
-    for (int b = landing.last; b >= 0; --b) {
-        typename Slab<T, kWide>::Cursor cursors[K];
-        Spot spots[K];
-        slab.previous(cursor, cursors, spots);
+    typename Slab<T, kWide>::Cursor cursors[K] = {};
+    Spot spots[K] = {};
+    const auto apply = [&](int b) {
         recall(slab, landing, held, b, spots, source, kWide != kRows && mode == ResidualMode::pre_norm, batch);
         Vector<T> residual[K] = {};
         if (adds) {
@@ -197,6 +195,16 @@ NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab, const La
         }
         NF_UNROLL
         for (int k = K - 1; k >= 0; --k) apply_vector<T, kWide, kRows, kAct>(call, slab, cursors[k], spots[k], c, batch[k], residual[k]);
+    };
+    NF_NO_UNROLL
+    for (int b = landing.last; b >= 0; --b) {
+        if (kWide == kRows && slab.template plain_before<K>(cursor)) {
+            slab.template previous<true>(cursor, cursors, spots);
+            apply(b);
+        } else {
+            slab.previous(cursor, cursors, spots);
+            apply(b);
+        }
     }
 }
 

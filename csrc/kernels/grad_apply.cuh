@@ -156,11 +156,9 @@ NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, con
     if (!t.dx && !t.dresidual) return;
     const GradientStash<T, K> stash(call, landing);
     auto cursor = slab.after((landing.last + 1) * K);
-    NF_NO_UNROLL
-    for (int b = landing.last; b >= 0; --b) {
-        typename Slab<T, kWide>::Cursor cursors[K];
-        Spot spots[K];
-        slab.previous(cursor, cursors, spots);
+    typename Slab<T, kWide>::Cursor cursors[K] = {};
+    Spot spots[K] = {};
+    const auto apply = [&](int b) {
         if (!held || b < landing.last) {
             if (held && landing.stays(b)) stash.recall(b, batch);
             else load_gradients<kAct>(call, slab, cursors, spots, batch);
@@ -172,6 +170,16 @@ NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, con
         }
         NF_UNROLL
         for (int k = K - 1; k >= 0; --k) grad_apply_vector<T, kWide, kRows, kAct, K>(call, slab, spots[k], c, g, batch, k, dh[k]);
+    };
+    NF_NO_UNROLL
+    for (int b = landing.last; b >= 0; --b) {
+        if (!kWide && !kRows && slab.template plain_before<K>(cursor)) {  // wide sets have no register to spare for it
+            slab.template previous<true>(cursor, cursors, spots);
+            apply(b);
+        } else {
+            slab.previous(cursor, cursors, spots);
+            apply(b);
+        }
     }
 }
 

@@ -125,10 +125,18 @@ template <class T, bool kWide, int K> NF_DEVICE void ask(const Call& call, const
     constexpr int V = vector_size<T>;
     if (b < landing.last) {
         const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
-        NF_UNROLL
-        for (int k = 0; k < K; ++k) {
-            slab.fetch(call.tensors.x, slab.spot(cursor), stash, landing.slot(b, k) * V, landing.cache(b));
-            slab.advance(cursor);
+        typename Slab<T, kWide>::Cursor cursors[K] = {};
+        Spot spots[K] = {};
+        const auto fetch = [&] {
+            NF_UNROLL
+            for (int k = 0; k < K; ++k) slab.fetch(call.tensors.x, spots[k], stash, landing.slot(b, k) * V, landing.cache(b));
+        };
+        if (slab.template plain<K>(cursor)) {
+            slab.template next<true>(cursor, cursors, spots);
+            fetch();
+        } else {
+            slab.next(cursor, cursors, spots);
+            fetch();
         }
     }
     copy_async_commit();
@@ -141,36 +149,35 @@ template <class T, bool kWide, int K> NF_DEVICE void collect_ahead(const Call& c
     constexpr int V = vector_size<T>;
     ThreadMoments<T, kWide> own;
     const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
-    auto asked = slab.after(early * K);
+    auto asked = slab.after(early * K), cursor = slab.start();
     NF_NO_UNROLL
     for (int b = early; b < landing.ahead; ++b) ask(call, slab, landing, asked, b);
-    // the one that stays in registers, which may wait for it: after the others were asked for
-    auto cursor = slab.after(landing.last * K);
-    NF_UNROLL
-    for (int k = 0; k < K; ++k) {
-        batch[k] = slab.load(call.tensors.x, slab.spot(cursor));
-        slab.advance(cursor);
-    }
-    cursor = slab.start();
-    Spot spots[K];
-    NF_NO_UNROLL
-    for (int b = 0; b < landing.last; ++b) {
+    typename Slab<T, kWide>::Cursor cursors[K] = {};
+    Spot spots[K] = {};
+    const auto take = [&](int b) {
         copy_async_wait<Landing<K>::ahead - 1>();
         Vector<T> now[K];
         NF_UNROLL
-        for (int k = 0; k < K; ++k) {
-            spots[k] = slab.spot(cursor);
-            slab.advance(cursor);
-            now[k] = stash.template load<V>(landing.slot(b, k) * V);
-        }
+        for (int k = 0; k < K; ++k) now[k] = stash.template load<V>(landing.slot(b, k) * V);
         own.add(now, spots, call.problem.centred);
+    };
+    // the one that stays in registers, which may wait for it: after the others were asked for
+    auto end = slab.after(landing.last * K);
+    slab.next(end, cursors, spots);
+    NF_UNROLL
+    for (int k = 0; k < K; ++k) batch[k] = slab.load(call.tensors.x, spots[k]);
+    NF_NO_UNROLL
+    for (int b = 0; b < landing.last; ++b) {
+        if (slab.template plain<K>(cursor)) {
+            slab.template next<true>(cursor, cursors, spots);
+            take(b);
+        } else {
+            slab.next(cursor, cursors, spots);
+            take(b);
+        }
         if (b + landing.ahead >= early) ask(call, slab, landing, asked, b + landing.ahead);
     }
-    NF_UNROLL
-    for (int k = 0; k < K; ++k) {
-        spots[k] = slab.spot(cursor);
-        slab.advance(cursor);
-    }
+    slab.next(cursor, cursors, spots);
     own.add(batch, spots, call.problem.centred);
     own.give(moments);
 }

@@ -172,10 +172,11 @@ inline void cut(Walk& w, int64_t chunks, bool exactly) {
     w.chunks = exactly ? chunks : ceil_div(w.rows, w.chunk_rows) * w.vector_chunks;
 }
 
-inline void finish_walk(Walk& w, bool wide) {
+inline void finish_walk(Walk& w, bool wide, int V) {
     w.per_row = int(ceil_div(w.chunk_vectors, w.team));
     w.steps = int(ceil_div(w.chunk_rows, w.teams)) * w.per_row;
     w.units = wide ? ceil_div(w.outers, w.sets_per_block) * w.chunks : w.outers * w.chunks * w.slices;
+    w.plain = w.phase_mask == 0 && w.cols % V == 0 && w.sets_per_block == 1;
     w.folds = !wide && w.team < 32 && power_of_2(w.team) == w.team;
 }
 
@@ -283,7 +284,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         }
         w.chunk_rows = int(w.rows);
         w.chunk_vectors = row_vectors;
-        finish_walk(w, view.wide);
+        finish_walk(w, view.wide, V);
         const int batches = int(ceil_div(w.steps, batch));
         if (!spans(w)) return false;
         w.resident = batches - 1;
@@ -350,7 +351,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         }
         if (w.chunks < 2) return false;
         at.threads = int(round_up(w.team * w.teams, 32));
-        finish_walk(w, view.wide);
+        finish_walk(w, view.wide, V);
         if (!spans(w) || w.units >= too_many) return false;
         const int batches = int(ceil_div(w.steps, batch));
         w.resident = batches - 1;
@@ -516,7 +517,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             if (route == Route::two_pass && step != Step::moments && step != Step::grad_moments && 8 * partial_bytes > row_bytes)
                 plan.settles = plan.settles || w.chunks > 1;
         }
-        finish_walk(w, view.wide);
+        finish_walk(w, view.wide, V);
         w.resident = 0;
         plan.blocks = w.units;
         return memory(plan) <= limits.shared_bytes_per_block;
@@ -571,7 +572,7 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         while (!spans(w) && w.chunk_rows > 1) w.chunk_rows = (w.chunk_rows + 1) / 2;
         w.chunks = ceil_div(w.rows, w.chunk_rows);
         w.sets_per_block = 1;
-        finish_walk(w, false);
+        finish_walk(w, false, V);
         plan.columns_threads = int(round_up(w.team * w.teams, 32));
     }
     return plan;

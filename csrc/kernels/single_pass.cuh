@@ -1,9 +1,9 @@
 // moments -> coefficients -> apply in one launch: the set stays in registers and shared memory between its statistics and its output.
 //
 // A slab is all rows of its sets, or a share of them (owners.cuh): of one set (wide), several small ones (wide, a group of lanes each), or
-// the sets of a slice of columns (narrow). Reads x once and writes y once (2T); where the slab does not fit (walk.resident) the first part of it is read again.
-// The running statistics move in the same launch. With a cumulative average every block reads the counter, so only the last of them
-// to finish may move it on.
+// the sets of a slice of columns (narrow). Reads x once and writes y once (2T); where the slab does not fit (walk.resident) the first part
+// of it is read again. The running statistics move in the same launch. With a cumulative average every block reads the counter, so only the
+// last of them to finish may move it on.
 #pragma once
 
 #include "apply.cuh"

@@ -18,6 +18,7 @@ struct Spot {
     uint32_t at;
     int row, column;  // of lane 0; the column is negative where a wide run starts off a 16-byte boundary
     int first, last;
+    bool whole;  // 16 bytes on a 16-byte boundary, all of the slab
 
     NF_DEVICE bool empty() const { return last == 0; }
 };
@@ -37,7 +38,7 @@ template <class T, bool kWide> struct Slab {
     int set_in_block;
     uint32_t row_stride, phase_mask;
     const int64_t& elements;  // of the tensor; where kernels are given it, which takes no register
-    bool live, aligned;
+    bool live, aligned, regular;  // regular: the walk is plain
 
     struct Cursor {
         int row, vector;
@@ -47,6 +48,7 @@ template <class T, bool kWide> struct Slab {
         team = w.team;
         teams = w.teams;
         aligned = w.aligned;
+        regular = w.plain && w.aligned;
         phase_mask = w.phase_mask;
         int thread = int(thread_index());
         set_in_block = 0;
@@ -115,7 +117,26 @@ template <class T, bool kWide> struct Slab {
         }
     }
 
-    NF_DEVICE Spot spot(const Cursor& c) const {
+    // Whether all threads of the block have whole vectors in the next K steps (or not, all alike but for those that fill up the last warp)
+    template <int K> NF_DEVICE bool plain(Cursor c) const {
+        bool all = regular;
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) {
+            all = all && c.vector - lane + team <= vectors && c.row - row_lane + teams <= rows;
+            if (k + 1 < K) advance(c);
+        }
+        return all;
+    }
+
+    template <int K> NF_DEVICE bool plain_before(Cursor c) const {
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) retreat(c);
+        return plain<K>(c);
+    }
+
+    // ``kPlain``: of a step that is
+    template <bool kPlain = false> NF_DEVICE Spot spot(const Cursor& c) const {
+        if constexpr (kPlain) return {skew + uint32_t(c.row) * row_stride + uint32_t(c.vector) * V, c.row, c.vector * V, 0, V, true};
         const uint32_t run = skew + uint32_t(c.row) * row_stride, phase = kWide ? run & phase_mask : 0;
         Spot s;
         s.row = c.row;
@@ -124,32 +145,32 @@ template <class T, bool kWide> struct Slab {
         s.first = max_(least_column - s.column, 0);
         s.last = min_(columns - s.column, V);
         if (c.row >= rows || c.vector >= vectors || s.last <= s.first) s.first = s.last = 0;
+        s.whole = aligned && s.last - s.first == V;
         return s;
     }
 
     // The next batch of the walk, or the one before; its vectors in the walk's order
-    template <int K> NF_DEVICE void next(Cursor& c, Cursor (&cursors)[K], Spot (&spots)[K]) const {
+    template <bool kPlain = false, int K> NF_DEVICE void next(Cursor& c, Cursor (&cursors)[K], Spot (&spots)[K]) const {
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
             cursors[k] = c;
-            spots[k] = spot(c);
+            spots[k] = spot<kPlain>(c);
             advance(c);
         }
     }
-    template <int K> NF_DEVICE void previous(Cursor& c, Cursor (&cursors)[K], Spot (&spots)[K]) const {
+    template <bool kPlain = false, int K> NF_DEVICE void previous(Cursor& c, Cursor (&cursors)[K], Spot (&spots)[K]) const {
         NF_UNROLL
         for (int k = K - 1; k >= 0; --k) {
             retreat(c);
             cursors[k] = c;
-            spots[k] = spot(c);
+            spots[k] = spot<kPlain>(c);
         }
     }
 
-    NF_DEVICE bool whole(const Spot& s) const { return aligned && s.last - s.first == V; }
     // Whether 16 bytes may be read though some belong to the row's neighbours: where rows are walked by the vectors of memory, at their
     // ends
     NF_DEVICE bool readable(const Spot& s) const {
-        return whole(s) || (kWide && aligned && phase_mask != 0 && !s.empty() && corner + s.at + V <= elements);
+        return s.whole || (kWide && aligned && phase_mask != 0 && !s.empty() && corner + s.at + V <= elements);
     }
     NF_DEVICE void clear_outside(const Spot& s, Vector<T>& v) const {
         if (s.last - s.first == V) return;
@@ -162,7 +183,7 @@ template <class T, bool kWide> struct Slab {
     template <bool kCoherent = false, bool kNeighbours = true> NF_DEVICE Vector<T> load(const void* tensor, const Spot& s) const {
         const Global<const T> from = Global<const T>(tensor).advance(corner).advance(s.at);
         Pack<uint32_t, 4> words;
-        if (kNeighbours && !kCoherent ? readable(s) : whole(s)) {
+        if (kNeighbours && !kCoherent ? readable(s) : s.whole) {
             words = words_of(kCoherent ? from.template load_coherent<V>(0) : from.template load<V>(0));
         } else {
             Vector<T> v;
@@ -179,13 +200,13 @@ template <class T, bool kWide> struct Slab {
     // The same into shared memory; to be awaited (copy_async_wait) before this thread reads it there
     template <bool kNeighbours = true>
     NF_DEVICE void fetch(const void* tensor, const Spot& s, const Shared<T>& to, int i, Cache cache) const {
-        if (kNeighbours ? readable(s) : whole(s)) copy_async<V>(to, i, Global<const T>(tensor).advance(corner), int64_t(s.at), cache);
+        if (kNeighbours ? readable(s) : s.whole) copy_async<V>(to, i, Global<const T>(tensor).advance(corner), int64_t(s.at), cache);
         else to.template store<V>(i, load<false, kNeighbours>(tensor, s));
     }
 
     NF_DEVICE void store(void* tensor, const Spot& s, const Vector<T>& v, Cache cache = Cache::normal) const {
         const Global<T> to = Global<T>(tensor).advance(corner).advance(s.at);
-        if (whole(s)) return to.template store<V>(0, v, cache);
+        if (s.whole) return to.template store<V>(0, v, cache);
         NF_UNROLL
         for (int j = 0; j < V; ++j)
             if (j >= s.first && j < s.last) to.store(j, v.data[j]);

@@ -43,6 +43,7 @@ struct Walk {
     int resident, spare;  // places in shared memory for them, and beyond them for batches of the next slab
     uint32_t phase_mask;  // V - 1 where rows may start inside a 16-byte vector and are walked by the vectors of memory, else 0
     bool one_channel;  // wide along rows: all rows of a matrix are of one channel
+    bool plain;  // rows are whole vectors, and threads have sets alone: a step of which all threads have a vector is one of whole vectors
     bool aligned;  // every tensor starts at a 16-byte boundary, and (narrow) every row does
 };
 

@@ -71,7 +71,7 @@ template <class S> const char* wrong(const Problem& p, const Walk& w, bool wide,
             return say("element %lld: set %lld, not %lld", (long long)at, (long long)slab.set(w, j), (long long)set_of(p, place));
         if (!wide && slab.column(j) != s.column + j) return say("element %lld: column %d, not %d", (long long)at, s.column + j, slab.column(j));
     }
-    if (slab.whole(s) && (slab.corner + s.at) % S::V != 0) return say("a whole vector at %lld", (long long)(slab.corner + s.at));
+    if (s.whole && (slab.corner + s.at) % S::V != 0) return say("a whole vector at %lld", (long long)(slab.corner + s.at));
     return nullptr;
 }
 
@@ -89,6 +89,10 @@ template <class T, bool kWide> const char* cover(const Problem& p, const Plan& p
                 const auto there = slab.after(step);
                 if (cursor.row != there.row || cursor.vector != there.vector) return say("unit %lld: step %d", (long long)unit, step);
                 const Spot s = slab.spot(cursor);
+                const Spot plain = slab.template spot<true>(cursor);
+                if (slab.template plain<1>(cursor) &&
+                    (plain.at != s.at || plain.row != s.row || plain.column != s.column || s.first != 0 || s.last != (Slab<T, kWide>::V) || !s.whole))
+                    return say("unit %lld, thread %u: step %d is not plain", (long long)unit, thread.index, step);
                 if (const char* why = wrong(p, w, kWide, columns ? false : plan.rows, columns, slab, s)) return why;
                 for (int j = s.first; j < s.last; ++j) ++elements[slab.corner + s.at + j];
                 if (!s.empty()) ++mask[slab.mask_at(w, cursor)];
@@ -150,13 +154,13 @@ const char* nf_plan(const Question* q) {
                   "\"settles\": %d, \"outers\": %lld, \"period\": %lld, \"high_stride\": %lld, \"low_stride\": %lld, \"walk_rows\": %lld, \"row_stride\": %lld, "
                   "\"cols\": %lld, \"row_vectors\": %d, \"slice\": %lld, \"slices\": %lld, \"chunks\": %lld, \"chunk_rows\": %d, \"chunk_vectors\": %d, "
                   "\"vector_chunks\": %d, \"per_row\": %d, \"steps\": %d, \"units\": %lld, \"team\": %d, \"teams\": %d, \"sets_per_block\": %d, "
-                  "\"resident\": %d, \"phase_mask\": %d, \"batch\": %d, \"owner\": %d, \"groups\": %d, \"spare\": %d, \"read_x\": %.9g, \"chunks_adjoin\": %d, \"mask_shift\": %d, \"folds\": %d}",
+                  "\"resident\": %d, \"phase_mask\": %d, \"batch\": %d, \"owner\": %d, \"groups\": %d, \"spare\": %d, \"read_x\": %.9g, \"chunks_adjoin\": %d, \"mask_shift\": %d, \"folds\": %d, \"plain\": %d}",
                   int(plan.route), q->columns ? 0 : plan.wide, q->columns ? 0 : plan.rows, q->columns ? plan.columns_threads : plan.threads,
                   (long long)(q->columns ? w.units : plan.blocks), plan.shared_bytes, plan.scratch_offset, plan.columns_pass, plan.settles, (long long)w.outers,
                   (long long)w.period, (long long)w.high_stride, (long long)w.low_stride, (long long)w.rows, (long long)w.row_stride, (long long)w.cols,
                   w.row_vectors, (long long)w.slice, (long long)w.slices, (long long)w.chunks, w.chunk_rows, w.chunk_vectors, w.vector_chunks, w.per_row,
                   w.steps, (long long)w.units, w.team, w.teams, w.sets_per_block, w.resident, w.phase_mask, plan.batch,
-                  int(plan.owner), plan.groups, w.spare, plan.read_x, w.chunks_adjoin, w.mask_shift, w.folds);
+                  int(plan.owner), plan.groups, w.spare, plan.read_x, w.chunks_adjoin, w.mask_shift, w.folds, w.plain);
     return text;
 }
 }
