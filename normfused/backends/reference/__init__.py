@@ -20,6 +20,11 @@ def unavailable(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def reads(t: Tensor) -> bool:
+    """Any strides will do."""
+    return True
+
+
 def norm_act(
     p: Problem,
     x: Tensor,
