@@ -7,8 +7,7 @@ Half types are computed in float32 and rounded once, like the kernels do it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -150,7 +149,7 @@ def mean_square(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
         one_element = _OneElement if torch.compiler.is_compiling() else _OneElementForward
         normalized: Tensor = one_element.apply(x, torch.as_tensor(effective, dtype=x.dtype, device=x.device))  # type: ignore[no-untyped-call]
         return affine(normalized, weight, bias)
-    second = x.square().mean(list(range(2, x.dim())), keepdim=True)
+    second = (x * x).mean(list(range(2, x.dim())), keepdim=True)
     return affine(x * (second + effective).rsqrt(), weight, bias)
 
 
@@ -314,9 +313,15 @@ def _format_gradient(t: Tensor, layout: str, eager: bool, own: bool = True) -> T
     return t
 
 
-_IN_FORMAT = {layout: partial(dense, layout=layout) for layout in (NCHW, NHWC)}
-for _hook in _IN_FORMAT.values():
-    _hook.__torch_unserializable__ = True  # type: ignore[attr-defined] # saving y need not warn of it
+def _in_format(layout: str) -> Callable[[Tensor | None], Tensor | None]:
+    def hook(gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else dense(gradient, layout)  # None: a second derivative that does not depend on t
+
+    hook.__torch_unserializable__ = True  # type: ignore[attr-defined] # saving y need not warn of it
+    return hook
+
+
+_IN_FORMAT = {layout: _in_format(layout) for layout in (NCHW, NHWC)}
 
 
 def activate_add(z: Tensor, residual: Tensor | None, act: Activation, act_weight: Tensor | None, residual_mode: str | None) -> Tensor:
