@@ -41,11 +41,11 @@ def last(x: Tensor) -> Tensor:
 
 
 def _wide(s: tuple[int, ...]) -> Tensor:
-    return torch.randn(s[0], 2 * s[1], *s[2:], device=DEVICE)
+    return torch.randn(s[0], 2 * s[1], *s[2:], device=DEVICE, dtype=torch.float64)
 
 
 def _plain(*s: int) -> Tensor:
-    return torch.randn(s, device=DEVICE)
+    return torch.randn(s, device=DEVICE, dtype=torch.float64)
 
 
 FORMS: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
@@ -74,7 +74,7 @@ def order(x: Tensor) -> list[int]:
 
 
 def like(x: Tensor, layout: str) -> Tensor:
-    return dense(torch.randn(x.shape, device=x.device), layout)
+    return dense(torch.randn(x.shape, device=x.device, dtype=x.dtype), layout)
 
 
 def kept(t: Tensor, x: Tensor) -> bool:
@@ -102,11 +102,11 @@ def _cases() -> list[tuple[str, int, str]]:
 def test_formats_are_kept(kind: str, dims: int, form: str, backend: str) -> None:
     """Whatever format dy and the residual come in; and the numbers are those of contiguous tensors."""
     x = FORMS[form](SHAPES[dims])
-    layer = LAYERS[kind](x.shape[1], dims).to(DEVICE)
+    layer = LAYERS[kind](x.shape[1], dims).to(x)
     layer.backend = backend
     own, other = (NCHW, NHWC) if format_of(x) == NCHW else (NHWC, NCHW)
-    gradients = {"own": like(x, own), "other": like(x, other), "expanded": torch.randn(1, device=DEVICE).expand(x.shape)}
-    gradients["channels"] = dense(torch.randn(x.shape[0], 2 * x.shape[1], *x.shape[2:], device=DEVICE), own)[:, : x.shape[1]]
+    gradients = {"own": like(x, own), "other": like(x, other), "expanded": _plain(1).expand(x.shape)}
+    gradients["channels"] = dense(_wide(tuple(x.shape)), own)[:, : x.shape[1]]
     residuals = {"none": None, "own": like(x, own), "other": like(x, other)}
     pairs = [("own", "own"), ("other", "none"), ("expanded", "other"), ("channels", "other"), ("other", "own")]
     for dy, r in pairs[:3] if INTERPRETED else pairs:
@@ -117,10 +117,10 @@ def test_formats_are_kept(kind: str, dims: int, form: str, backend: str) -> None
         for name, t in zip(("y", "dx", "dresidual"), found[:sized]):
             assert kept(t, x), f"{name}: strides {t.stride()} beside x's {x.stride()}, dy {dy}, residual {r}"
         for got, want in zip(found, expected, strict=True):
-            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_formats_are_kept_in_every_type(kind: str, dtype: torch.dtype, backend: str) -> None:
     layer = LAYERS[kind](8, 4).to(DEVICE, dtype)
@@ -135,7 +135,7 @@ def test_formats_are_kept_in_every_type(kind: str, dtype: torch.dtype, backend: 
 def test_second_derivatives_keep_the_format(name: str) -> None:
     x = last(_plain(2, 4, 3, 2)).requires_grad_()
     for kind in LAYERS:
-        layer = LAYERS[kind](4, 4).to(DEVICE)
+        layer = LAYERS[kind](4, 4).to(x)
         layer.backend = name
         y = layer(x.view_as(x))
         (dx,) = torch.autograd.grad(y, x, like(x, NCHW), create_graph=True)
@@ -159,7 +159,7 @@ OPERANDS = {
 }  # fmt: skip
 COPIED = {
     "reference": set(),
-    "torch": {o for o in OPERANDS if o.startswith("dy")},
+    "torch": set(),
     "torch, own steps": set(OPERANDS),
     "cuda": set(OPERANDS),
     "triton": set(OPERANDS),
@@ -182,7 +182,7 @@ def test_what_is_copied(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "torch, own steps":
         monkeypatch.setattr(ops, "_CHANNELS_LAST_ELEMENTS", 0)
     x = last(_plain(2, 8, 5, 3))
-    layer = LAYERS["instance"](8, 4).to(DEVICE)
+    layer = LAYERS["instance"](8, 4).to(x)
     layer.backend = name.split(",")[0]
     run(layer, x, like(x, NHWC), like(x, NHWC))
     assert not copies
@@ -227,7 +227,7 @@ def test_profile_of_a_layer_shows_no_copy(kind: str, dims: int, elements: int, n
     shape = (2, 8, 3 * (32 if elements > 1 else 1), *[4 * (8 if elements > 1 and i == 0 else 1) for i in range(dims - 3)])
     shape = (*shape[:1], 32 if elements > 1 else 8, *shape[2:])
     x = last(_plain(*shape))
-    layer = LAYERS[kind](shape[1], dims).to(DEVICE)
+    layer = LAYERS[kind](shape[1], dims).to(x)
     layer.backend = name
     for r in (None, like(x, NHWC)):
         dy = like(x, NHWC)
@@ -263,11 +263,16 @@ def test_network_copies_no_more_than_without_norms(kind: str, dims: int, name: s
         return layer
 
     def counted(make: Callable[[], nn.Module]) -> list[str]:
-        net = Net(dims, make).to(DEVICE).to(memory_format=torch.channels_last if dims == 4 else torch.channels_last_3d)
+        nonlocal given
+        net = Net(dims, make).to(x).to(memory_format=torch.channels_last if dims == 4 else torch.channels_last_3d)
         dy = last(_plain(2, 8, *x.shape[2:]))
+        given = format_of(net.first(x))
         return moves(lambda: net(x).backward(dy), 2 * 8 * x.shape[2:].numel())
 
+    given = NHWC
     ours, without = counted(norm), counted(nn.Identity)
+    if name == "torch" and kind == "layer" and given == NCHW:
+        pytest.skip("ATen's convolution drops channels_last here, and its layer norm wants rows")
     assert len(ours) <= len(without), f"{ours} against {without}"
 
 
@@ -278,21 +283,21 @@ def test_network_copies_no_more_than_without_norms(kind: str, dims: int, name: s
 def test_compiled_formats(kind: str, form: str, name: str) -> None:
     torch._dynamo.reset()
     x = FORMS[form](SHAPES[4])
-    layer = LAYERS[kind](x.shape[1], 4).to(DEVICE)
+    layer = LAYERS[kind](x.shape[1], 4).to(x)
     layer.backend = name
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
     for dy, r in ((NHWC, NHWC), (NCHW, NCHW)):
         call = (x, like(x, r), like(x, dy))
         for got, want in zip(run(compiled, *call), run(copy.deepcopy(layer), *call), strict=True):
             assert order(got) == order(want)
-            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("form", ["channels_last", "channels of channels_last"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_exported_formats(kind: str, form: str) -> None:
     x = FORMS[form](SHAPES[4])
-    layer = LAYERS[kind](x.shape[1], 4).to(DEVICE).eval()
+    layer = LAYERS[kind](x.shape[1], 4).to(x).eval()
     program = torch.export.export(layer, (x,))
     (out,) = [a.meta["val"] for a in program.graph.find_nodes(op="output")[0].args[0]][-1:]
     y = program.module()(x)

@@ -249,6 +249,8 @@ def norm_act(
     wide_x: Tensor = _widen(x, wide)  # type: ignore[assignment]
     if layout is not None and ((scope == POSITION and layout == NCHW) or layout_of(x) is None):
         wide_x = _format_gradient(wide_x, layout, eager, own=False)  # ATen's comes as it suits its rows, or as it guesses
+    if layout == NHWC and 1 in x.shape and layout_of(x) == NHWC:
+        wide_x = _canonical(wide_x)
     unlike_aten = scope != POSITION and x.dim() == 3 and layout == NHWC  # which knows channels_last of four and five dimensions
     z = normalize(
         wide_x.unsqueeze(2) if unlike_aten else wide_x,
@@ -282,6 +284,12 @@ def norm_act(
         assert residual is not None
         y = y + residual
     return (y if y.dtype == storage else y.to(storage)), h
+
+
+def _canonical(x: Tensor) -> Tensor:
+    """x, dense in nhwc, with the strides that ATen knows channels_last by also in dimensions of one element."""
+    pixels = x.movedim(1, -1)
+    return pixels.view(pixels.shape).movedim(-1, 1)
 
 
 class _FormatGradient(torch.autograd.Function):
