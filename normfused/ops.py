@@ -156,13 +156,13 @@ def _run_forward(
     return found
 
 
-def _z_source(act: Activation, dtype: torch.dtype, residual_mode: str | None, backend: str) -> str | None:
-    """What the backward needs beside x to know act'(z): None, ``"y"``, ``"residual"`` or, of the CUDA kernels, ``"mask"``."""
-    if residual_mode != PRE_ACT or act.name == "identity":
+def _z_source(p: Problem, backend: str, steps: bool = False) -> str | None:
+    """What the backward needs beside x to know act'(z): None, ``"y"``, ``"residual"`` or the ``"mask"`` that some kernels leave."""
+    if p.z_source is None:
         return None
-    if backend == "cuda":
-        return "mask" if act.has_two_slopes else "residual"
-    return "y" if act.derivative_from_y(dtype) else "residual"
+    if backend in ("cuda", "triton") and not steps and p.act.has_two_slopes and dispatch.load(backend).mask_bytes(p):
+        return "mask"
+    return "residual" if backend == "cuda" else p.z_source
 
 
 def _norm_act_backward(
@@ -299,9 +299,9 @@ def _fake_norm_act(
     shape, wide = _moments_shape(x, scope, groups), accumulation_dtype(x.dtype)
     mean = x.new_empty([0] if rule == RMS else shape, dtype=wide)
     h = empty_like(x) if residual_mode == PRE_NORM else x.new_empty(0)
-    act = Activation(*static[6:9])
-    if _z_source(act, x.dtype, residual_mode, backend) == "mask":
-        h = x.new_empty(dispatch.load(backend).mask_bytes(_problem(x, *numbers)), dtype=torch.uint8)
+    p = _problem(x, *numbers)
+    if _z_source(p, backend) == "mask":
+        h = x.new_empty(dispatch.load(backend).mask_bytes(p), dtype=torch.uint8)
     return empty_like(x), mean, x.new_empty(shape, dtype=wide), h
 
 
@@ -409,10 +409,10 @@ class NormAct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, residual, weight, bias, act_weight, eps_weight, _, _, _, static, p = inputs
         y, mean, rstd, h = output
-        act, p0, p1, residual_mode, backend = static[6:]
+        residual_mode, backend = static[9:]
         z_source = None
         if residual_mode == PRE_ACT:
-            source = _z_source(Activation(act, p0, p1) if p is None else p.act, x.dtype, residual_mode, backend)
+            source = _z_source(_problem(x, *static[:-1]) if p is None else p, backend)
             z_source = {None: None, "y": y, "residual": residual, "mask": h}[source]
         ctx.static, ctx.p = static, p
         ctx.set_materialize_grads(False)
@@ -498,7 +498,7 @@ def _differentiable_backward(
     act, storage, wide = Activation(act_name, p0, p1), x.dtype, accumulation_dtype(x.dtype)
     create_graph = torch.is_grad_enabled()
     dresidual = dact_weight = None
-    source = _z_source(act, storage, residual_mode, backend)
+    source = _z_source(_problem(x, *static[:-1]), backend)
     if residual_mode == POST_ACT:
         dresidual = dy
     upstream, epilogue_mode = dense(dy, format_of(x)).to(wide), residual_mode
@@ -689,9 +689,8 @@ class SliceNormAct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         rule, x, residual, act_weight, act, p0, p1, residual_mode, backend, *parameters = inputs
         y, mean, var, scale, shift = output
-        # the steps leave no mask
-        source = _z_source(_activation(act, p0, p1), x.dtype, residual_mode, backend)
-        z_source = {None: None, "y": y, "residual": residual, "mask": residual}[source]
+        source = _z_source(_slices(x, act, p0, p1, residual_mode), backend, steps=True)
+        z_source = {None: None, "y": y, "residual": residual}[source]
         ctx.rule, ctx.static = rule, (act, p0, p1, residual_mode, backend)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, var, scale, shift)
@@ -779,7 +778,7 @@ def _differentiable_slice_backward(
 ) -> tuple[Tensor | None, ...]:
     name, p0, p1, residual_mode, backend = static
     act, dresidual, upstream, mode = Activation(name, p0, p1), None, dy, None
-    source = _z_source(act, x.dtype, residual_mode, backend)
+    source = _z_source(_slices(x, name, p0, p1, residual_mode), backend, steps=True)
     if residual_mode == POST_ACT:
         dresidual = dy
     elif residual_mode == PRE_ACT and source in (None, "y"):

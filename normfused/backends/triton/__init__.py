@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .plan import mask_bytes
+
 if TYPE_CHECKING:
     from .host import apply, grad_apply, grad_moments, moments, norm_act, norm_act_backward
 
-__all__ = ["apply", "grad_apply", "grad_moments", "moments", "norm_act", "norm_act_backward", "reads", "unavailable"]
+__all__ = ["apply", "grad_apply", "grad_moments", "mask_bytes", "moments", "norm_act", "norm_act_backward", "reads", "unavailable"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTERPRET = ("1", "true", "yes", "on")
