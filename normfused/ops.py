@@ -22,7 +22,22 @@ from torch.autograd import forward_ad
 from . import dispatch
 from .activations import Activation, grad_activate_from_y
 from .backends.torch import composite
-from .problem import CHANNEL, NHWC, POSITION, POST_ACT, PRE_ACT, PRE_NORM, RMS, SAMPLE_GROUP, Problem, accumulation_dtype, dense, empty_like, format_of, layout_of
+from .problem import (
+    CHANNEL,
+    NHWC,
+    POSITION,
+    POST_ACT,
+    PRE_ACT,
+    PRE_NORM,
+    RMS,
+    SAMPLE_GROUP,
+    Problem,
+    accumulation_dtype,
+    dense,
+    empty_like,
+    format_of,
+    layout_of,
+)
 
 __all__ = ["NormAct", "SliceNormAct", "norm_act", "slice_norm_act"]
 

@@ -14,7 +14,21 @@ import torch
 from torch import Tensor
 
 from ...activations import Activation, activate
-from ...problem import CHANNEL, NCHW, NHWC, POSITION, POST_ACT, PRE_ACT, PRE_NORM, RMS, SAMPLE_GROUP, accumulation_dtype, dense, format_of, layout_of
+from ...problem import (
+    CHANNEL,
+    NCHW,
+    NHWC,
+    POSITION,
+    POST_ACT,
+    PRE_ACT,
+    PRE_NORM,
+    RMS,
+    SAMPLE_GROUP,
+    accumulation_dtype,
+    dense,
+    format_of,
+    layout_of,
+)
 
 
 def _widen(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
