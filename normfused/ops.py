@@ -203,7 +203,10 @@ def _run_backward(
     p: Problem, backend: str, dy: Tensor, dh: Tensor | None, x: Tensor, z_source: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, act_weight: Tensor | None, eps_weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """A backend's backward for an x and a z_source that it can read; None for what is not needed, gradients of parameters in the parameters' shapes."""
+    """A backend's backward for an x and a z_source that it can read.
+
+    None for what is not needed; gradients of parameters in the parameters' shapes.
+    """
     dx, dresidual, dweight, dbias, dact_weight, deps_weight = dispatch.load(backend).norm_act_backward(
         p, _operand(dy, p.layout, backend), _other(dh, p, backend), x, z_source,
         _flat(weight), _flat(bias), _flat(act_weight), _flat(eps_weight), mean, rstd, needs,

@@ -114,7 +114,7 @@ def test_formats_are_kept(kind: str, dims: int, form: str, backend: str) -> None
         plain = (None if t is None else t.contiguous() for t in (x, residuals[r], gradients[dy]))
         expected = run(copy.deepcopy(layer), *plain)
         sized = 2 if residuals[r] is None else 3
-        for name, t in zip(("y", "dx", "dresidual"), found[:sized]):
+        for name, t in zip(("y", "dx", "dresidual")[:sized], found[:sized], strict=True):
             assert kept(t, x), f"{name}: strides {t.stride()} beside x's {x.stride()}, dy {dy}, residual {r}"
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)

@@ -11,7 +11,6 @@ from normfused import ACTIVATIONS
 from tests.support.check import DTYPES, HALF, LAYOUTS, arguments, compare, data, layout
 from tests.support.formulas import KINDS, Kind
 
-
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 
 

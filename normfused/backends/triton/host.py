@@ -179,7 +179,8 @@ def _apply(
     launch(
         apply_kernel, t.programs, x, residual, y, mask, mean, scale, weight, shift, act_weight, *given,
         g.inner, g.C, g.D, *_where(g, t),
-        SLICES=slices, POST=p.residual_mode == POST_ACT, EPS=p.eps, GROUP=mask_group(p) or 1, **_activation(p, act_weight), **_type(p), **_tiles(g, t),
+        SLICES=slices, POST=p.residual_mode == POST_ACT, EPS=p.eps, GROUP=mask_group(p) or 1,
+        **_activation(p, act_weight), **_type(p), **_tiles(g, t),
     )  # fmt: skip
 
 

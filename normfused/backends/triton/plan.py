@@ -151,7 +151,7 @@ def mask_group(p: Problem) -> int:
     g, group = geometry(p), 16 // p.dtype.itemsize
     if p.residual_mode != PRE_ACT or not p.act.has_two_slopes or p.scope == POSITION or (g.C if g.nhwc else g.S) % group:
         return 0
-    apart = p.scope == SAMPLE_GROUP and g.nhwc and g.D % group and g.D != power_of_2(g.D)
+    apart = p.scope == SAMPLE_GROUP and g.nhwc and g.D % group and power_of_2(g.D) != g.D
     return 0 if apart else group
 
 

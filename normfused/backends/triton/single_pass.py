@@ -2,7 +2,8 @@
 
 A tile is BSET sets x BR rows x BS columns. Scope sample_group: rows are the channels of a group. Scope channel: rows are the
 samples (nchw), or there is one row and columns run over samples and positions (nhwc). Variance about the mean, corrected for the
-rounding of the mean. On chip: x. Reads x [and residual] once, writes y [and the mask]: 2 (3) elements each. Grid: outer indices x blocks of sets.
+rounding of the mean. On chip: x. Reads x [and residual] once, writes y [and the mask]: 2 (3) elements each. Grid: outer indices x
+blocks of sets.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def sum_set(values):
 def single_pass_kernel(
     x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, momentum: tl.float64,
     C, D, S, R, so, sg, sR, sS, groups, per_outer, count,
-    CENTRED: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, POST: tl.constexpr, GROUP: tl.constexpr, NHWC: tl.constexpr,
+    CENTRED: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, POST: tl.constexpr,
+    GROUP: tl.constexpr, NHWC: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr, ROWS_ARE_CHANNELS: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
