@@ -313,6 +313,8 @@ STATIC = {
 }
 
 
+@pytest.mark.triton_surface
+@pytest.mark.usefixtures("no_interpreter")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("form", [f for f in FORMS if f not in ("contiguous", "one position expanded")])
 @pytest.mark.parametrize("norm", STATIC)
