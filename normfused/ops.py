@@ -22,7 +22,22 @@ from torch.autograd import forward_ad
 from . import dispatch
 from .activations import Activation, grad_activate_from_y
 from .backends.torch import composite
-from .problem import CHANNEL, NHWC, POSITION, POST_ACT, PRE_ACT, PRE_NORM, RMS, SAMPLE_GROUP, Problem, accumulation_dtype, dense, layout_of
+from .problem import (
+    CHANNEL,
+    NHWC,
+    POSITION,
+    POST_ACT,
+    PRE_ACT,
+    PRE_NORM,
+    RMS,
+    SAMPLE_GROUP,
+    Problem,
+    accumulation_dtype,
+    dense,
+    empty_like,
+    format_of,
+    layout_of,
+)
 
 __all__ = ["NormAct", "SliceNormAct", "norm_act", "slice_norm_act"]
 
@@ -65,8 +80,6 @@ def _problem(
     residual_mode: str | None,
 ) -> Problem:
     n, c = x.shape[0], x.shape[1]
-    layout = layout_of(x)
-    assert layout is not None
     return Problem(
         scope=scope,
         rule=rule,
@@ -74,7 +87,7 @@ def _problem(
         C=c,
         S=x.numel() // (n * c) if n * c else 0,
         groups=groups,
-        layout=layout,
+        layout=format_of(x),
         dtype=x.dtype,
         device=x.device,
         eps=eps,
@@ -101,17 +114,20 @@ def _known_problem(
 
 def _problem_of(x: Tensor, *numbers: Any) -> Problem:
     """`_problem` for the real kernels, whose sizes are plain numbers: remembered, since making one costs as much as an operator."""
-    layout = layout_of(x)
-    assert layout is not None
-    return _known_problem(x.size(0), x.size(1), x.numel(), layout, x.dtype, x.device, *numbers)
+    return _known_problem(x.size(0), x.size(1), x.numel(), format_of(x), x.dtype, x.device, *numbers)
 
 
 def _slices(x: Tensor, act: str = "identity", p0: float = 0.0, p1: float = 0.0, residual_mode: str | None = None) -> Problem:
     return _problem_of(x, SAMPLE_GROUP, "standard", x.shape[1], True, 0.0, None, act, p0, p1, residual_mode)
 
 
-def _layout_like(t: Tensor | None, p: Problem) -> Tensor | None:
-    return None if t is None else dense(t, p.layout)
+def _operand(t: Tensor, layout: str, backend: str) -> Tensor:
+    """t itself if it is dense in ``layout`` or the backend reads its strides, else a dense copy."""
+    return t if layout_of(t) == layout or dispatch.load(backend).reads(t) else dense(t, layout)
+
+
+def _other(t: Tensor | None, p: Problem, backend: str) -> Tensor | None:
+    return None if t is None else _operand(t, p.layout, backend)
 
 
 def _moments_shape(x: Tensor, scope: str, groups: int) -> list[Any]:
@@ -138,30 +154,30 @@ def _norm_act(
     counter: Tensor | None,
     *static: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    x = dense(x)
-    p = _problem_of(x, *static[:-1])
+    p, backend = _problem_of(x, *static[:-1]), static[-1]
     tensors = (weight, bias, act_weight, eps_weight)
-    return _run_forward(p, static[-1], x, _layout_like(residual, p), *tensors, running_mean, running_var, counter)
+    x = _operand(x, p.layout, backend)
+    return _run_forward(p, backend, x, _other(residual, p, backend), *tensors, running_mean, running_var, counter)
 
 
 def _run_forward(
     p: Problem, backend: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, act_weight: Tensor | None,
     eps_weight: Tensor | None, *buffers: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """A backend's forward on dense tensors."""
+    """A backend's forward on tensors that it can read."""
     found: tuple[Tensor, Tensor, Tensor, Tensor | None] = dispatch.load(backend).norm_act(
         p, x, residual, _flat(weight), _flat(bias), _flat(act_weight), _flat(eps_weight), *buffers
     )
     return found
 
 
-def _z_source(act: Activation, dtype: torch.dtype, residual_mode: str | None, backend: str) -> str | None:
-    """What the backward needs beside x to know act'(z): None, ``"y"``, ``"residual"`` or, of the CUDA kernels, ``"mask"``."""
-    if residual_mode != PRE_ACT or act.name == "identity":
+def _z_source(p: Problem, backend: str, steps: bool = False) -> str | None:
+    """What the backward needs beside x to know act'(z): None, ``"y"``, ``"residual"`` or the ``"mask"`` that some kernels leave."""
+    if p.z_source is None:
         return None
-    if backend == "cuda":
-        return "mask" if act.has_two_slopes else "residual"
-    return "y" if act.derivative_from_y(dtype) else "residual"
+    if backend in ("cuda", "triton") and not steps and p.act.has_two_slopes and dispatch.load(backend).mask_bytes(p):
+        return "mask"
+    return "residual" if backend == "cuda" else p.z_source
 
 
 def _norm_act_backward(
@@ -178,9 +194,8 @@ def _norm_act_backward(
     *static: Any,
 ) -> tuple[Tensor | None, ...]:
     *numbers, backend, need_x, need_residual, need_parameters = static
-    x = dense(x)
     p = _problem_of(x, *numbers)
-    tensors = (x, _layout_like(z_source, p), weight, bias, act_weight, eps_weight, mean, rstd)
+    tensors = (_operand(x, p.layout, backend), _other(z_source, p, backend), weight, bias, act_weight, eps_weight, mean, rstd)
     return _run_backward(p, backend, dy, dh, *tensors, (need_x, need_residual, need_parameters))
 
 
@@ -188,9 +203,12 @@ def _run_backward(
     p: Problem, backend: str, dy: Tensor, dh: Tensor | None, x: Tensor, z_source: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, act_weight: Tensor | None, eps_weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """A backend's backward for a dense x; None for what is not needed, gradients of parameters in the parameters' shapes."""
+    """A backend's backward for an x and a z_source that it can read.
+
+    None for what is not needed; gradients of parameters in the parameters' shapes.
+    """
     dx, dresidual, dweight, dbias, dact_weight, deps_weight = dispatch.load(backend).norm_act_backward(
-        p, _layout_like(dy, p), _layout_like(dh, p), x, z_source,
+        p, _operand(dy, p.layout, backend), _other(dh, p, backend), x, z_source,
         _flat(weight), _flat(bias), _flat(act_weight), _flat(eps_weight), mean, rstd, needs,
     )  # fmt: skip
     if not needs[2]:
@@ -225,16 +243,17 @@ def _every_output(kernel: Callable[..., tuple[Tensor | None, ...]], x_at: int) -
 
 
 def _moments(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    x = dense(x)
-    mean, var = dispatch.load(backend).moments(_slices(x), x)
+    p = _slices(x)
+    mean, var = dispatch.load(backend).moments(p, _operand(x, p.layout, backend))
     return mean, var
 
 
 def _apply(x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None, *static: Any) -> Tensor:
     *act, backend = static
-    x = dense(x)
     p = _slices(x, *act)
-    y: Tensor = dispatch.load(backend).apply(p, x, _layout_like(residual, p), scale.contiguous(), shift.contiguous(), _flat(act_weight))
+    y: Tensor = dispatch.load(backend).apply(
+        p, _operand(x, p.layout, backend), _other(residual, p, backend), scale.contiguous(), shift.contiguous(), _flat(act_weight)
+    )
     return y
 
 
@@ -242,10 +261,15 @@ def _grad_moments(
     dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None, *static: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     *act, backend = static
-    x = dense(x)
     p = _slices(x, *act)
     sum_dz, sum_dz_xc, dact_weight = dispatch.load(backend).grad_moments(
-        p, _layout_like(dy, p), x, _layout_like(z_source, p), mean, scale.contiguous(), shift.contiguous(), _flat(act_weight)
+        p,
+        _operand(dy, p.layout, backend),
+        _operand(x, p.layout, backend),
+        _other(z_source, p, backend),
+        mean,
+        *(t.contiguous() for t in (scale, shift)),
+        _flat(act_weight),
     )
     if dact_weight is None or act_weight is None:
         return sum_dz, sum_dz_xc, x.new_empty(0)
@@ -266,13 +290,12 @@ def _grad_apply(
     *static: Any,
 ) -> tuple[Tensor, Tensor]:
     *act, backend, need_x, need_residual = static
-    x = dense(x)
     p = _slices(x, *act)
     dx, dresidual = dispatch.load(backend).grad_apply(
         p,
-        _layout_like(dy, p),
-        x,
-        _layout_like(z_source, p),
+        _operand(dy, p.layout, backend),
+        _operand(x, p.layout, backend),
+        _other(z_source, p, backend),
         mean,
         *(t.contiguous() for t in (scale, shift)),
         _flat(act_weight),
@@ -286,11 +309,6 @@ def _grad_apply(
 
 
 # ------------------------------------------------------------------------------------------------- fake kernels
-def _empty_like(x: Tensor) -> Tensor:
-    """What the kernels return for x: its strides if it is dense, else contiguous."""
-    return torch.empty_like(x) if layout_of(x) is not None else torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _fake_norm_act(
     x: Tensor, residual: Any, weight: Any, bias: Any, act_weight: Any, eps_weight: Any, rm: Any, rv: Any, nbt: Any, *static: Any
 ) -> Any:
@@ -298,12 +316,11 @@ def _fake_norm_act(
     *numbers, backend = static
     shape, wide = _moments_shape(x, scope, groups), accumulation_dtype(x.dtype)
     mean = x.new_empty([0] if rule == RMS else shape, dtype=wide)
-    h = _empty_like(x) if residual_mode == PRE_NORM else x.new_empty(0)
-    act = Activation(*static[6:9])
-    if _z_source(act, x.dtype, residual_mode, backend) == "mask":
-        dense_x = x if layout_of(x) is not None else _empty_like(x)
-        h = x.new_empty(dispatch.load(backend).mask_bytes(_problem(dense_x, *numbers)), dtype=torch.uint8)
-    return _empty_like(x), mean, x.new_empty(shape, dtype=wide), h
+    h = empty_like(x) if residual_mode == PRE_NORM else x.new_empty(0)
+    p = _problem(x, *numbers)
+    if _z_source(p, backend) == "mask":
+        h = x.new_empty(dispatch.load(backend).mask_bytes(p), dtype=torch.uint8)
+    return empty_like(x), mean, x.new_empty(shape, dtype=wide), h
 
 
 def _fake_norm_act_backward(
@@ -316,8 +333,8 @@ def _fake_norm_act_backward(
         return torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and need_parameters else x.new_empty(0)
 
     return (
-        _empty_like(x) if need_x else empty,
-        _empty_like(x) if need_residual else x.new_empty(0),
+        empty_like(x) if need_x else empty,
+        empty_like(x) if need_residual else x.new_empty(0),
         *(parameter(t) for t in (weight, bias, act_weight, eps_weight)),
     )
 
@@ -328,7 +345,7 @@ def _fake_moments(x: Tensor, backend: str) -> Any:
 
 
 def _fake_apply(x: Tensor, *rest: Any) -> Tensor:
-    return _empty_like(x)
+    return empty_like(x)
 
 
 def _fake_grad_moments(
@@ -340,7 +357,7 @@ def _fake_grad_moments(
 
 def _fake_grad_apply(dy: Any, x: Tensor, *static: Any) -> Any:
     *_, need_x, need_residual = static
-    return _empty_like(x) if need_x else x.new_empty(0), _empty_like(x) if need_residual else x.new_empty(0)
+    return empty_like(x) if need_x else x.new_empty(0), empty_like(x) if need_residual else x.new_empty(0)
 
 
 for _name, _real, _fake in (
@@ -410,10 +427,10 @@ class NormAct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, residual, weight, bias, act_weight, eps_weight, _, _, _, static, p = inputs
         y, mean, rstd, h = output
-        act, p0, p1, residual_mode, backend = static[6:]
+        residual_mode, backend = static[9:]
         z_source = None
         if residual_mode == PRE_ACT:
-            source = _z_source(Activation(act, p0, p1) if p is None else p.act, x.dtype, residual_mode, backend)
+            source = _z_source(_problem(x, *static[:-1]) if p is None else p, backend)
             z_source = {None: None, "y": y, "residual": residual, "mask": h}[source]
         ctx.static, ctx.p = static, p
         ctx.set_materialize_grads(False)
@@ -499,10 +516,10 @@ def _differentiable_backward(
     act, storage, wide = Activation(act_name, p0, p1), x.dtype, accumulation_dtype(x.dtype)
     create_graph = torch.is_grad_enabled()
     dresidual = dact_weight = None
-    source = _z_source(act, storage, residual_mode, backend)
+    source = _z_source(_problem(x, *static[:-1]), backend)
     if residual_mode == POST_ACT:
         dresidual = dy
-    upstream, epilogue_mode = dy.to(wide), residual_mode
+    upstream, epilogue_mode = dense(dy, format_of(x)).to(wide), residual_mode
     if residual_mode == PRE_ACT and source != "residual":
         assert z_source is not None or source is None
         if z_source is not None and source == "y":  # an output, so its own history carries the second derivative
@@ -539,7 +556,7 @@ def _differentiable_backward(
     gradients = [next(found) if t is not None and (need or t is xl) else None for t, need in zip(leaves, needs[:6], strict=True)]
     dx = gradients[0]
     if dx is not None:
-        dx = dense((dx if dh is None else dx + dh).to(storage), layout_of(x))
+        dx = dense((dx if dh is None else dx + dh).to(storage), format_of(x))
     if residual_mode == PRE_NORM:
         dresidual = dx
     elif gradients[1] is not None:
@@ -588,25 +605,26 @@ def _norm_act_any(
     """x is (N, C, *), or, with ``normalized_shape``, of any shape that ends in it (scope position)."""
     name = dispatch.choose(x.device.type, x.dtype, backend)
     if trace is not None:
-        trace.append((name, path(x, name, scope, rule), scope, rule, act, residual_mode, None))
+        trace.append((name, path(x, name, scope, rule, groups), scope, rule, act, residual_mode, None))
     if x.numel() == 0:
         return _empty_batch(x, residual, weight, bias, act_weight, eps_weight, counter, batch_statistics, act, residual_mode)
-    if path(x, name, scope, rule) == "composite":
+    if path(x, name, scope, rule, groups) == "composite":
         if normalized_shape is not None and act_weight is not None and act_weight.numel() > 1:
             act_weight = act_weight.view(*[1] * (x.dim() - len(normalized_shape)), *normalized_shape)  # along the normalized elements
-        inplace = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+        eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
         return composite.norm_act(
             x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
-            scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, inplace and type(x) is Tensor, normalized_shape,
+            scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, eager and type(x) is Tensor, normalized_shape,
         )  # fmt: skip
     full = x.shape
     if normalized_shape is not None:
         rows = (-1, math.prod(normalized_shape))
         x, residual = x.reshape(rows), None if residual is None else residual.reshape(rows)
         weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
-    x = dense(x)
+    layout = format_of(x)
+    x = _operand(x, layout, name)
     if residual is not None:
-        residual = dense(residual, layout_of(x))
+        residual = _operand(residual, layout, name)
     static = (scope, rule, groups, batch_statistics, eps, momentum, act.name, act.p0, act.p1, residual_mode, name)
     p = None if _traced(x) else _problem_of(x, *static[:-1])
     if trace is not None:
@@ -625,7 +643,7 @@ _FRN_ELEMENTS = 16384
 _CHANNELS_LAST_ELEMENTS = 65536
 
 
-def path(x: Tensor, backend: str, scope: str, rule: str) -> str:
+def path(x: Tensor, backend: str, scope: str, rule: str, groups: int) -> str:
     """``"fused"`` or ``"composite"`` (module docstring); also what `explain` reports."""
     if _see_through() or x.device.type == "meta":
         return "composite"
@@ -637,11 +655,12 @@ def path(x: Tensor, backend: str, scope: str, rule: str) -> str:
         return "fused"
     if scope != SAMPLE_GROUP:
         return "composite"
-    # ATen has no kernel for FRN, copies instance norm's channels_last input, and is inaccurate for group norm's; small tensors are
-    # faster composed all the same
+    # ATen has no kernel for FRN, and its group norm in channels_last is made accurate at the cost of a pass over x, which does not pay
+    # with one channel to a group; small tensors are faster composed all the same
     if rule == RMS:
         return "fused" if x.numel() >= _FRN_ELEMENTS else "composite"
-    return "fused" if x.numel() >= _CHANNELS_LAST_ELEMENTS and layout_of(x) == NHWC else "composite"
+    alone = groups == x.shape[1]
+    return "fused" if alone and x.numel() >= _CHANNELS_LAST_ELEMENTS and format_of(x) == NHWC else "composite"
 
 
 def _empty_batch(
@@ -688,9 +707,8 @@ class SliceNormAct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         rule, x, residual, act_weight, act, p0, p1, residual_mode, backend, *parameters = inputs
         y, mean, var, scale, shift = output
-        # the steps leave no mask
-        source = _z_source(_activation(act, p0, p1), x.dtype, residual_mode, backend)
-        z_source = {None: None, "y": y, "residual": residual, "mask": residual}[source]
+        source = _z_source(_slices(x, act, p0, p1, residual_mode), backend, steps=True)
+        z_source = {None: None, "y": y, "residual": residual}[source]
         ctx.rule, ctx.static = rule, (act, p0, p1, residual_mode, backend)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, var, scale, shift)
@@ -778,7 +796,7 @@ def _differentiable_slice_backward(
 ) -> tuple[Tensor | None, ...]:
     name, p0, p1, residual_mode, backend = static
     act, dresidual, upstream, mode = Activation(name, p0, p1), None, dy, None
-    source = _z_source(act, x.dtype, residual_mode, backend)
+    source = _z_source(_slices(x, name, p0, p1, residual_mode), backend, steps=True)
     if residual_mode == POST_ACT:
         dresidual = dy
     elif residual_mode == PRE_ACT and source in (None, "y"):
@@ -823,9 +841,10 @@ def slice_norm_act(
         with torch.no_grad():
             wide = x.detach().to(accumulation_dtype(x.dtype)).flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)
             return y, wide.mean(2), wide.var(2, correction=0)
-    x = dense(x)
+    layout = format_of(x)
+    x = _operand(x, layout, name)
     if residual is not None:
-        residual = dense(residual, layout_of(x))
+        residual = _operand(residual, layout, name)
     y, mean, var, _, _ = _apply_function(
         SliceNormAct, rule, x, residual, act_weight, act.name, act.p0, act.p1, residual_mode, name, *parameters
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .activations import IDENTITY, Activation
 
-__all__ = ["Problem", "accumulation_dtype", "dense", "layout_of"]
+__all__ = ["Problem", "accumulation_dtype", "dense", "empty_like", "format_of", "layout_of"]
 
 CHANNEL, SAMPLE_GROUP, POSITION = "channel", "sample_group", "position"
 STANDARD, RMS = "standard", "rms"
@@ -43,12 +43,33 @@ def layout_of(x: Tensor) -> str | None:
     return None
 
 
+def format_of(x: Tensor) -> str:
+    """The layout of what is made of x, dense or not: ``"nhwc"`` if its channels are innermost in memory, else ``"nchw"``.
+
+    Expanded dimensions (stride 0) do not count: they have no order.
+    """
+    have = layout_of(x)
+    if have is not None:
+        return have
+    steps = [x.stride(d) for d in range(2, x.dim()) if x.size(d) > 1 and x.stride(d) > 0]
+    return NHWC if steps and 0 < x.stride(1) < min(steps) else NCHW
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """What every output of x's size begins as: of x's strides if x is dense, else dense in ``format_of(x)``."""
+    if layout_of(x) is not None:
+        return torch.empty_like(x)
+    if format_of(x) == NHWC:
+        return torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def dense(x: Tensor, layout: str | None = None) -> Tensor:
-    """x itself if it is dense in ``layout`` (by default: in either layout), else a copy that is."""
+    """x itself if it is dense in ``layout`` (by default: in either), else a copy that is in it (by default: in ``format_of(x)``)."""
     have = layout_of(x)
     if have is not None and (layout is None or have == layout):
         return x
-    if layout == NHWC and x.dim() >= 3:
+    if (layout or format_of(x)) == NHWC and x.dim() >= 3:
         return x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x.contiguous()
 

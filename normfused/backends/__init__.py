@@ -18,6 +18,9 @@ A backend is a module with
     ``x`` is h in pre_norm mode, where ``dx`` is the gradient of both x and residual and ``dh`` (may be None) is added to it. ``z_source``
     is what ``p.z_source`` names. ``needs`` is ``(dx, dresidual, parameters)``; what is not needed may be None.
 
+``reads(t) -> bool``
+    Whether x, residual, dy, dh or z_source may come as t, which is not dense in ``p.layout``; what may not comes as a dense copy.
+
 and the four steps for rules written in PyTorch, one set per (n, c) (``p.scope == "sample_group"``, ``p.groups == p.C``;
 coefficients are (N, C) in ``p.accumulate``):
 
@@ -28,9 +31,10 @@ coefficients are (N, C) in ``p.accumulate``):
 ``grad_apply(p, dy, x, z_source, mean, scale, shift, act_weight, dz_scale, q, r, needs) -> (dx, dresidual)``
                                                                                              dx = dz_scale*dz + q*(x - mean) + r
 
-Tensors arrive checked and canonical: x, residual, dy, dh, z_source dense in ``p.layout`` (x has its public shape; its memory is
-the (N, C, S) array that `Problem` describes), no element missing (numel > 0), parameters contiguous of C elements
-(act_weight, eps_weight: 1 or C). y, h, dx, dresidual are new tensors with the strides of x, each element written once.
+Tensors arrive checked and canonical: x, residual, dy, dh, z_source of x's shape and dense in ``p.layout`` (their memory is the
+(N, C, S) array that `Problem` describes) unless ``reads`` takes them as they are, no element missing (numel > 0), parameters
+contiguous of C elements (act_weight, eps_weight: 1 or C). y, h, dx, dresidual are new tensors made by `problem.empty_like(x)`: of
+the strides of x if it is dense, else dense in ``p.layout``; each element is written once.
 """
 
 from __future__ import annotations

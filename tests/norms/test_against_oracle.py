@@ -7,14 +7,9 @@ import itertools
 import pytest
 import torch
 
-from normfused import ACTIVATIONS, ops
+from normfused import ACTIVATIONS
 from tests.support.check import DTYPES, HALF, LAYOUTS, arguments, compare, data, layout
 from tests.support.formulas import KINDS, Kind
-
-
-def _fused(kind: Kind, x: torch.Tensor, backend: str) -> bool:
-    return ops.path(x, backend, kind.scope, "rms" if kind.rms else "standard") == "fused"
-
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
 
@@ -40,9 +35,7 @@ def test_types_and_layouts(kind: Kind, dtype: torch.dtype, form: str, backend: s
             y, dx = compare(kind, x, a, backend)
             assert dx is not None
             if form in ("contiguous", "channels_last") and kind.dims != "rows":
-                assert y.stride() == x.stride()
-                if _fused(kind, x, backend):  # the composite leaves dx as ATen lays it out
-                    assert dx.stride() == x.stride()
+                assert y.stride() == dx.stride() == x.stride()
 
 
 @kinds
@@ -55,10 +48,8 @@ def test_other_numbers_of_dimensions(kind: Kind, dims: int, form: str, backend: 
     x = layout(data(shape), form) if dims > 2 else data(shape)
     for act, mode in (("identity", None), ("gelu", "pre_act"), ("relu", "post_act"), ("prelu", None)):
         y, dx = compare(kind, x, arguments(kind, shape, act=act, mode=mode), backend)
-        if kind.dims != "rows" and (dims != 3 or _fused(kind, x, backend)):  # ATen knows no channels_last of 3 dimensions
-            assert y.stride() == x.stride()
-        if kind.dims != "rows" and _fused(kind, x, backend):
-            assert dx is not None and dx.stride() == x.stride()
+        if kind.dims != "rows":
+            assert dx is not None and y.stride() == dx.stride() == x.stride()
 
 
 @kinds

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from normfused.backends import triton as backend
 from normfused.backends.triton.plan import Limits, forced
+from normfused.problem import PRE_NORM
 
 from ..support import cases
 from ..support.cases import KINDS, PARAMETER_TOLERANCE, TOLERANCE, activate, ncs, pairwise
@@ -23,12 +24,15 @@ class Case(cases.Case):
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         with forced(self.route, self.limits):
-            return backend.norm_act(self.p, self.x, self.r, self.w, self.b, self.aw, self.ew, *self.running)
+            y, mean, rstd, extra = backend.norm_act(self.p, self.x, self.r, self.w, self.b, self.aw, self.ew, *self.running)
+        self.mask = extra if self.residual != PRE_NORM else None
+        assert (0 if self.mask is None else self.mask.numel()) == backend.mask_bytes(self.p)
+        return y, mean, rstd, extra if self.residual == PRE_NORM else None
 
     def backward(
         self, y: Tensor, mean: Tensor, rstd: Tensor, h: Tensor | None, needs: tuple[bool, bool, bool] = (True, True, True)
     ) -> tuple[Tensor | None, ...]:
-        source = {None: None, "y": y, "residual": self.r}[self.p.z_source]
+        source = {None: None, "y": y, "residual": self.r}[self.p.z_source] if self.mask is None else self.mask
         x = self.x if h is None else h
         with forced(self.route, self.limits):
             return backend.norm_act_backward(self.p, self.dy, self.dh, x, source, self.w, self.b, self.aw, self.ew, mean, rstd, needs)

@@ -101,8 +101,8 @@ def _launches(
     aw = per_channel if p.act.takes_weight else None
     with forced(route, H200), recorded() as launches:
         y, mean, rstd, h = backend.norm_act(p, x, r, per_channel, per_channel, aw, eps, *running)
-        source = {None: None, "y": y, "residual": r}[p.z_source]
-        dh = x if h is not None else None
+        source = h if backend.mask_bytes(p) else {None: None, "y": y, "residual": r}[p.z_source]
+        dh = x if residual == PRE_NORM else None
         backend.norm_act_backward(p, x, dh, x, source, per_channel, per_channel, aw, eps, mean, rstd, (True, True, True))
     return launches
 

@@ -292,7 +292,8 @@ class _Norm(torch.autograd.Function):
         with forced(case.route, case.limits):
             y, mean, rstd, h = backend.norm_act(case.p, x, r, w, b, aw, ew, None, None, None)
         ctx.case = case
-        source = {None: None, "y": y, "residual": r}[case.p.z_source]
+        mask, h = (h, None) if backend.mask_bytes(case.p) else (None, h)
+        source = {None: None, "y": y, "residual": r}[case.p.z_source] if mask is None else mask
         ctx.save_for_backward(x if h is None else h, source, w, b, aw, ew, mean, rstd)
         return y if h is None else (y, h)
 

@@ -23,6 +23,7 @@ __all__ = [
     "moments",
     "norm_act",
     "norm_act_backward",
+    "reads",
     "set_spare_processors",
     "unavailable",
 ]
@@ -43,6 +44,11 @@ def unavailable(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cuda":
         return f"it needs CUDA tensors, got {device_type}"
     return None
+
+
+def reads(t: Tensor) -> bool:
+    """The kernels have one layout for all tensors; what comes in another is copied once."""
+    return False
 
 
 def _operators() -> Any:

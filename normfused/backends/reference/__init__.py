@@ -20,6 +20,11 @@ def unavailable(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def reads(t: Tensor) -> bool:
+    """Any strides will do."""
+    return True
+
+
 def norm_act(
     p: Problem,
     x: Tensor,
@@ -45,7 +50,8 @@ def norm_act(
     rstd = standard.rstd(p, var, rms.effective_eps(p, eps_weight))
     centre, scale, shift = standard.coefficients(p, mean, rstd, weight, bias)
     y = _apply.apply(p, x, residual, centre, scale, shift, act_weight)
-    return y, (mean if p.centred else mean.new_empty(0)), rstd, h
+    # moments of a transposed x come transposed
+    return y, (mean.contiguous() if p.centred else mean.new_empty(0)), rstd.contiguous(), h
 
 
 def norm_act_backward(

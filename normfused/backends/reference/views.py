@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...problem import CHANNEL, NHWC, SAMPLE_GROUP, Problem
+from ...problem import CHANNEL, SAMPLE_GROUP, Problem, empty_like
 
 
 def ncs(p: Problem, x: Tensor) -> Tensor:
-    """x, dense in ``p.layout``, as (N, C, S); a view."""
-    if p.layout == NHWC:
-        return x.movedim(1, -1).reshape(p.N, p.S, p.C).transpose(1, 2)
+    """x as (N, C, S); a view unless its positions do not lie evenly in memory."""
     return x.reshape(p.N, p.C, p.S)
 
 
 def like(p: Problem, values: Tensor, x: Tensor) -> Tensor:
-    """values (N, C, S) as a new tensor with the shape, strides and type of x."""
-    out = torch.empty_like(x)
+    """values (N, C, S) as a new tensor with the shape, memory format and type of x."""
+    out = empty_like(x)
     ncs(p, out).copy_(values)
     return out
 

@@ -22,6 +22,11 @@ def unavailable(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def reads(t: Tensor) -> bool:
+    """Its steps take dense tensors; what comes otherwise is copied once. (Its composite takes any strides.)"""
+    return False
+
+
 def _per_channel(p: Problem, per_group: Tensor) -> Tensor:
     return per_group.repeat_interleave(p.C // p.groups, dim=1) if p.groups != p.C else per_group
 
@@ -161,4 +166,4 @@ def grad_apply(
     return (None if dx is None else dx.to(p.dtype)), dresidual
 
 
-__all__ = ["POST_ACT", "apply", "grad_apply", "grad_moments", "moments", "norm_act", "norm_act_backward", "unavailable"]
+__all__ = ["POST_ACT", "apply", "grad_apply", "grad_moments", "moments", "norm_act", "norm_act_backward", "reads", "unavailable"]

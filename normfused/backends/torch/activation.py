@@ -61,6 +61,6 @@ def grad_activate_(dy: Tensor, z: Tensor, act: Activation, weight: Tensor | None
     if name == "tlu":
         assert weight is not None
         below = z < per_channel(weight.to(z.dtype), z)
-        dz = dy.masked_fill(below, 0)
+        dz = torch.where(below, 0.0, dy)  # masked_fill copies and drops channels_last
         return dz, dy - dz
     return grad_activate(dy, z, act, weight)

@@ -7,14 +7,28 @@ Half types are computed in float32 and rounded once, like the kernels do it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...activations import Activation, activate
-from ...problem import CHANNEL, NHWC, POST_ACT, PRE_ACT, PRE_NORM, RMS, SAMPLE_GROUP, accumulation_dtype, dense, layout_of
+from ...problem import (
+    CHANNEL,
+    NCHW,
+    NHWC,
+    POSITION,
+    POST_ACT,
+    PRE_ACT,
+    PRE_NORM,
+    RMS,
+    SAMPLE_GROUP,
+    accumulation_dtype,
+    dense,
+    format_of,
+    layout_of,
+)
 
 
 def _widen(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -89,13 +103,20 @@ def frozen(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, 
 
 
 def grouped(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Group norm that keeps channels_last, through a copy: ATen's CPU kernel for it takes E[x^2] - E[x]^2 and loses everything at
-    a large mean."""
+    """Group norm that keeps channels_last.
+
+    ATen's CPU kernel for channels_last takes E[x^2] - E[x]^2 and loses everything at a large mean, so it is given x less each set's
+    mean; the norm is the same, and so are its derivatives with that mean held constant.
+    """
     if weight is None and bias is not None:  # ATen's backward of a bias alone fails: "tensor does not have a device"
         return affine(grouped(x, groups, None, None, eps), None, bias)
-    if layout_of(x) != NHWC:
+    if format_of(x) != NHWC:
         return torch.group_norm(x, groups, weight, bias, eps, torch.backends.cudnn.enabled)
-    return dense(torch.group_norm(x.contiguous(), groups, weight, bias, eps, torch.backends.cudnn.enabled), NHWC)
+    centre = x.detach().mean(list(range(2, x.dim())), keepdim=True)
+    if groups != x.shape[1]:
+        sets = centre.unflatten(1, (groups, -1))
+        centre = sets.mean(2, keepdim=True).expand_as(sets).flatten(1, 2)
+    return torch.group_norm(x - centre, groups, weight, bias, eps, torch.backends.cudnn.enabled)
 
 
 class _OneElement(torch.autograd.Function):
@@ -142,7 +163,7 @@ def mean_square(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
         one_element = _OneElement if torch.compiler.is_compiling() else _OneElementForward
         normalized: Tensor = one_element.apply(x, torch.as_tensor(effective, dtype=x.dtype, device=x.device))  # type: ignore[no-untyped-call]
         return affine(normalized, weight, bias)
-    second = x.square().mean(list(range(2, x.dim())), keepdim=True)
+    second = (x * x).mean(list(range(2, x.dim())), keepdim=True)
     return affine(x * (second + effective).rsqrt(), weight, bias)
 
 
@@ -151,7 +172,7 @@ def over_channels(x: Tensor, rule: str, weight: Tensor | None, bias: Tensor | No
     if x.dim() == 2:
         return trailing(x, rule, (x.shape[1],), weight, bias, eps)
     y = trailing(x.movedim(1, -1), rule, (x.shape[1],), weight, bias, eps).movedim(-1, 1)
-    return y if layout_of(x) == NHWC else y.contiguous()
+    return y if format_of(x) == NHWC else y.contiguous()
 
 
 def trailing(x: Tensor, rule: str, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -225,10 +246,11 @@ def norm_act(
     momentum: float | None,
     act: Activation,
     residual_mode: str | None,
-    inplace: bool = False,
+    eager: bool = False,
     normalized_shape: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, h) with h = x + residual in pre_norm mode, else None. ``inplace`` reuses z's memory where autograd allows it.
+    """(y, h) with h = x + residual in pre_norm mode, else None. ``eager``: nobody traces or transforms the call, so z's memory is
+    reused where autograd allows it, and a gradient that arrives in another memory format is brought into x's.
 
     With ``normalized_shape`` x has any shape that ends in it (scope position) and the parameters have it.
     """
@@ -237,8 +259,15 @@ def norm_act(
     if residual_mode == PRE_NORM:
         assert residual is not None
         x = h = x + residual
+    layout = format_of(x) if normalized_shape is None else None
+    wide_x: Tensor = _widen(x, wide)  # type: ignore[assignment]
+    if layout is not None and ((scope == POSITION and layout == NCHW) or layout_of(x) is None):
+        wide_x = _format_gradient(wide_x, layout, eager, own=False)  # ATen's comes as it suits its rows, or as it guesses
+    if layout == NHWC and 1 in x.shape and layout_of(x) == NHWC:
+        wide_x = _canonical(wide_x)
+    unlike_aten = scope != POSITION and x.dim() == 3 and layout == NHWC  # which knows channels_last of four and five dimensions
     z = normalize(
-        _widen(x, wide),  # type: ignore[arg-type]
+        wide_x.unsqueeze(2) if unlike_aten else wide_x,
         _widen(weight, wide),
         _widen(bias, wide),
         _widen(eps_weight, wide),
@@ -253,18 +282,68 @@ def norm_act(
         momentum,
         normalized_shape,
     )
-    if scope == CHANNEL and x.dim() == 3 and layout_of(x) == NHWC:
-        z = dense(z, NHWC)  # ATen keeps channels_last for four and five dimensions only
-    # z may be x itself or a view of it where a norm has nothing to do; only fresh memory is written over
-    inplace = inplace and z.data_ptr() != x.data_ptr()
+    z = z.squeeze(2) if unlike_aten else z
+    if layout is not None:
+        z = dense(z, layout)
+    # z may be x itself or a view of it where a norm has nothing to do; only fresh memory is written over. A view of fresh memory is
+    # not either: autograd would copy around the write.
+    inplace = eager and z.data_ptr() != x.data_ptr() and not z._is_view()
     if residual_mode == PRE_ACT:
         assert residual is not None
         z = z.add_(residual) if inplace else z + residual
+    if layout is not None:
+        z = _format_gradient(z, layout, eager)
     y = activate(z, act, act_weight, inplace=inplace)
     if residual_mode == POST_ACT:
         assert residual is not None
         y = y + residual
     return (y if y.dtype == storage else y.to(storage)), h
+
+
+def _canonical(x: Tensor) -> Tensor:
+    """x, dense in nhwc, with the strides that ATen knows channels_last by also in dimensions of one element."""
+    pixels = x.movedim(1, -1)
+    return pixels.view(pixels.shape).movedim(-1, 1)
+
+
+class _FormatGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, layout: str) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.layout = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return dense(gradient, ctx.layout), None
+
+
+def _format_gradient(t: Tensor, layout: str, eager: bool, own: bool = True) -> Tensor:
+    """t, whose gradient will be dense in ``layout`` (left to the operations where a transform sees through the norm).
+
+    ``own``: t is not the caller's tensor, so that a hook may stay on it.
+    """
+    if not t.requires_grad:
+        return t
+    if eager:  # a hook costs a fraction of a Function
+        t = t if own and not t.is_leaf else t.view_as(t)
+        t.register_hook(_IN_FORMAT[layout])
+    elif torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active():
+        t = _FormatGradient.apply(t, layout)  # type: ignore[no-untyped-call]
+    return t
+
+
+def _in_format(layout: str) -> Callable[[Tensor | None], Tensor | None]:
+    def hook(gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else dense(gradient, layout)  # None: a second derivative that does not depend on t
+
+    hook.__torch_unserializable__ = True  # type: ignore[attr-defined] # saving y need not warn of it
+    return hook
+
+
+_IN_FORMAT = {layout: _in_format(layout) for layout in (NCHW, NHWC)}
 
 
 def activate_add(z: Tensor, residual: Tensor | None, act: Activation, act_weight: Tensor | None, residual_mode: str | None) -> Tensor:

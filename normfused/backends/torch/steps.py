@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...activations import grad_activate_from_y
-from ...problem import NHWC, POST_ACT, PRE_ACT, Problem
+from ...problem import NHWC, POST_ACT, PRE_ACT, Problem, empty_like
 from .activation import activate_, grad_activate_
 
 # Below this many elements a sample, one call a sample costs more than a temporary tensor (measured on 2 cores)
@@ -63,7 +63,7 @@ def over_positions(p: Problem, coefficient: Tensor, x: Tensor) -> Tensor:
 
 def pre_activation(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
     """z in new memory of x's layout."""
-    z: Tensor = torch.addcmul(over_positions(p, shift, x), x, over_positions(p, scale, x), out=torch.empty_like(x))
+    z: Tensor = torch.addcmul(over_positions(p, shift, x), x, over_positions(p, scale, x), out=empty_like(x))
     if p.residual_mode == PRE_ACT and residual is not None:
         z += residual
     return z
@@ -118,10 +118,10 @@ def grad_apply(p: Problem, dz: Tensor, x: Tensor, centre: Tensor | None, dz_scal
     """dx = dz_scale*dz + q*(x - centre) + r; without q it is the first term alone."""
     scaled = over_positions(p, dz_scale, x)
     if q is None:
-        return torch.mul(dz, scaled, out=torch.empty_like(x))
+        return torch.mul(dz, scaled, out=empty_like(x))
     if r is None:
-        dx = torch.mul(x, over_positions(p, q, x), out=torch.empty_like(x))
+        dx = torch.mul(x, over_positions(p, q, x), out=empty_like(x))
     else:
         offset = r if centre is None else torch.addcmul(r, q, centre, value=-1)
-        dx = torch.addcmul(over_positions(p, offset, x), x, over_positions(p, q, x), out=torch.empty_like(x))
+        dx = torch.addcmul(over_positions(p, offset, x), x, over_positions(p, q, x), out=empty_like(x))
     return dx.addcmul_(dz, scaled)

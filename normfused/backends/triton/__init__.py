@@ -11,11 +11,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from .plan import mask_bytes
 
 if TYPE_CHECKING:
     from .host import apply, grad_apply, grad_moments, moments, norm_act, norm_act_backward
 
-__all__ = ["apply", "grad_apply", "grad_moments", "moments", "norm_act", "norm_act_backward", "unavailable"]
+__all__ = ["apply", "grad_apply", "grad_moments", "mask_bytes", "moments", "norm_act", "norm_act_backward", "reads", "unavailable"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTERPRET = ("1", "true", "yes", "on")
@@ -35,6 +38,11 @@ def unavailable(device_type: str, dtype: torch.dtype) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "it needs compute capability 8.0 or newer, got {}.{}".format(*torch.cuda.get_device_capability())
     return None
+
+
+def reads(t: Tensor) -> bool:
+    """One offset serves all tensors of a call (tiles.py); what comes in another layout is copied once."""
+    return False
 
 
 def __getattr__(name: str) -> Any:

@@ -160,9 +160,38 @@ def grad_activate_from_y(dy, y, ACT: tl.constexpr, P0: tl.constexpr, P1: tl.cons
 
 
 @triton.jit
-def grad_weight(dy, z, weight, ACT: tl.constexpr):
-    """dL/dweight of every element: prelu [z <= 0] z*dy, tlu [z < tau] dy."""
+def on_first_slope(z, weight, ACT: tl.constexpr):
+    """The bit that tells act'(z) of an activation with two slopes (NaN has that of `grad_activate`)."""
+    if ACT == "relu":
+        return (z <= 0) == 0
+    elif ACT == "relu6":
+        return ((z <= 0) | (z >= 6.0)) == 0
+    elif ACT == "leaky_relu":
+        return z > 0
+    elif ACT == "hardsigmoid":
+        return ((z <= -3.0) | (z >= 3.0)) == 0
+    else:
+        tl.static_assert(ACT == "tlu", "an activation of two slopes")
+        return (z < weight) == 0
+
+
+@triton.jit
+def grad_activate_from_bit(dy, bit, ACT: tl.constexpr, P0: tl.constexpr):
+    """dz from the bit of `on_first_slope`."""
+    if ACT == "leaky_relu":
+        return tl.where(bit, dy, dy * P0)
+    elif ACT == "hardsigmoid":
+        return tl.where(bit, dy * (1.0 / 6), 0.0)
+    else:
+        return tl.where(bit, dy, 0.0)
+
+
+@triton.jit
+def grad_weight(dy, z, weight, ACT: tl.constexpr, SOURCE: tl.constexpr):
+    """dL/dweight of every element: prelu [z <= 0] z*dy, tlu [z < tau] dy; ``z`` as `activation_gradient` gives it."""
     if ACT == "prelu":
         return tl.where(z <= 0, z * dy, 0.0)
+    elif SOURCE == "mask":
+        return tl.where(z, 0.0, dy)
     else:
         return tl.where(z < weight, dy, 0.0)

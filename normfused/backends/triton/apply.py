@@ -1,7 +1,7 @@
 """Step 3, forward: z = (x - centre)*scale + shift [+ residual],  y = act(z) [+ residual].
 
 A program owns BC channels and up to TILES tiles; the coefficients of its channels stay in registers. Programs run in the
-reverse order of step 1, whose last tiles still lie in L2. Reads x [and residual], writes y; in evaluation of a batch norm it
+reverse order of step 1, whose last tiles still lie in L2. Reads x [and residual], writes y [and the mask]; in evaluation of a batch norm it
 also turns the running statistics into the coefficients. Grid: outer indices x channel blocks x chunks, all on axis 0.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import activate
+from .activation import activate, on_first_slope
+from .mask import pack, tile_bytes
 from .rules import standard
 from .tiles import dense_strides, get, locate, put, tile_offsets, tile_start
 
@@ -56,9 +57,9 @@ def channel_weight(act_weight, c, known, PER_CHANNEL: tl.constexpr, ACC: tl.cons
 
 @triton.jit
 def apply_kernel(
-    x, residual, y, mean, rstd, weight, bias, act_weight, given_mean, given_var,
+    x, residual, y, mask, mean, rstd, weight, bias, act_weight, given_mean, given_var,
     inner, C, D, S, s_tiles, tiles, chunks,
-    SLICES: tl.constexpr, POST: tl.constexpr, EPS: tl.constexpr,
+    SLICES: tl.constexpr, POST: tl.constexpr, EPS: tl.constexpr, GROUP: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
     NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -88,6 +89,11 @@ def apply_kernel(
             if POST:
                 put(y + start + offsets, activate(z, aw, ACT, P0, P1) + r, live)
             else:
-                put(y + start + offsets, activate(z + r, aw, ACT, P0, P1), live)
+                z += r
+                put(y + start + offsets, activate(z, aw, ACT, P0, P1), live)
+                if mask is not None:
+                    at_byte, has = tile_bytes(c0, s0, C, S, sC, sS, t < tiles, NHWC, WIDE, BC, BS, GROUP)
+                    bits = pack(on_first_slope(z, aw, ACT), 0 if NHWC else 1, GROUP)
+                    tl.store(mask + start // GROUP + at_byte, bits, mask=has)
         else:
             put(y + start + offsets, activate(z, aw, ACT, P0, P1), live)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .apply import channel_weight, coefficients, pre_activation
-from .grad_moments import activation_gradient
+from .grad_moments import activation_gradient, tile_bits
 from .tiles import dense_strides, get, locate, put, tile_offsets, tile_start
 
 
@@ -18,7 +18,7 @@ from .tiles import dense_strides, get, locate, put, tile_offsets, tile_start
 def grad_apply_kernel(
     x, dy, source, dx, dresidual, mean, scale_of, weight, shift_of, act_weight, dz_scale_of, q_of, r_of,
     inner, C, D, S, s_tiles, tiles, chunks,
-    SLICES: tl.constexpr, FROM_Y: tl.constexpr,
+    SLICES: tl.constexpr, SOURCE: tl.constexpr, GROUP: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
     NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +47,8 @@ def grad_apply_kernel(
         centred = values - centre[:, None]
         z = pre_activation(values, centred, scale[:, None], shift[:, None], SLICES)
         upstream = get(dy + start + offsets, live, ACC)
-        dz, z = activation_gradient(upstream, z, source, start + offsets, live, aw, FROM_Y, ACT, P0, P1)
+        bit = tile_bits(source, start, c0, s0, C, S, sC, sS, t < tiles, SOURCE, NHWC, WIDE, BC, BS, GROUP)
+        dz, z = activation_gradient(upstream, z, source, start + offsets, live, bit, aw, SOURCE, ACT, P0, P1)
         if dx is not None:
             put(dx + start + offsets, dz * dz_scale[:, None] + (q * centred + r), live)
         if dresidual is not None:

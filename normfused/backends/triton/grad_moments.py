@@ -10,34 +10,48 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import grad_activate, grad_activate_from_y, grad_weight
+from .activation import grad_activate, grad_activate_from_bit, grad_activate_from_y, grad_weight
 from .apply import affine, channel_weight, coefficients, pre_activation
+from .mask import tile_bytes, unpack
 from .tiles import dense_strides, get, locate, put, tile_offsets, tile_start
 
 
 @triton.jit
 def activation_gradient(
-    dy, z, source, at, live, aw, FROM_Y: tl.constexpr, ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr
+    dy, z, source, at, live, bit, aw, SOURCE: tl.constexpr, ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr
 ):  # fmt: skip
-    """(dz, z), where z comes without the residual; ``source``, if any, holds y or the residual."""
+    """(dz, z), where z comes without the residual; ``source`` holds what SOURCE says, or with "mask" ``bit`` does and takes z's place."""
     dz = dy
-    if source is not None:
-        known = get(source + at, live, dy.dtype)
-        if FROM_Y:
-            dz = grad_activate_from_y(dy, known, ACT, P0, P1)
-        else:
-            z = z + known
-            dz = grad_activate(dy, z, aw, ACT, P0, P1)
+    if SOURCE == "mask":
+        dz = grad_activate_from_bit(dy, bit, ACT, P0)
+        z = bit
+    elif SOURCE == "y":
+        dz = grad_activate_from_y(dy, get(source + at, live, dy.dtype), ACT, P0, P1)
     else:
+        if SOURCE == "residual":
+            z = z + get(source + at, live, dy.dtype)
         dz = grad_activate(dy, z, aw, ACT, P0, P1)
     return dz, z
+
+
+@triton.jit
+def tile_bits(
+    source, start, c0, s0, C, S, sC, sS, known,
+    SOURCE: tl.constexpr, NHWC: tl.constexpr, WIDE: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The mask's bits of a tile (nothing to be used where there is none)."""
+    if SOURCE == "mask":
+        offsets, live = tile_bytes(c0, s0, C, S, sC, sS, known, NHWC, WIDE, BC, BS, GROUP)
+        return unpack(tl.load(source + start // GROUP + offsets, mask=live, other=0), 0 if NHWC else 1, GROUP)
+    else:
+        return tl.zeros([1, 1], tl.int1)
 
 
 @triton.jit
 def grad_moments_kernel(
     x, dy, source, dx, dresidual, part_dz, part_dz_xc, part_act, mean, scale_of, weight, shift_of, act_weight,
     outer, inner, C, D, S, s_tiles, tiles, chunks,
-    POSITION: tl.constexpr, SLICES: tl.constexpr, FROM_Y: tl.constexpr,
+    POSITION: tl.constexpr, SLICES: tl.constexpr, SOURCE: tl.constexpr, GROUP: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
     NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -72,11 +86,12 @@ def grad_moments_kernel(
         else:
             centred = values - centre[:, None]
             z = pre_activation(values, centred, scale[:, None], shift[:, None], SLICES)
-        dz, z = activation_gradient(upstream, z, source, start + offsets, live, aw, FROM_Y, ACT, P0, P1)
+        bit = tile_bits(source, start, c0, s0, C, S, sC, sS, t < tiles, SOURCE, NHWC, WIDE, BC, BS, GROUP)
+        dz, z = activation_gradient(upstream, z, source, start + offsets, live, bit, aw, SOURCE, ACT, P0, P1)
         sum_dz += dz
         sum_dz_xc += dz * centred
         if part_act is not None:
-            sum_act += grad_weight(upstream, z, aw, ACT)
+            sum_act += grad_weight(upstream, z, aw, ACT, SOURCE)
         if dx is not None:
             put(dx + start + offsets, dz * scale[:, None], live)
         if dresidual is not None:

@@ -21,7 +21,7 @@ from .tiles import dense_strides, get, put
 @triton.jit
 def gradient(
     x, dy, source, weight, bias, act_weight, centre, deviation, c, at, live,
-    C, FROM_Y: tl.constexpr, ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr, ACC: tl.constexpr,
+    C, SOURCE: tl.constexpr, ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(dz, weight*dz, x - mean, dL/dact_weight) of a tile"""
     gamma, shift = affine(tl.full([c.shape[0]], 1.0, ACC), weight, bias, c, c, c < C, ACC)
@@ -29,8 +29,8 @@ def gradient(
     centred = tl.where(live, get(x + at, live, ACC) - centre[:, None], 0.0)
     upstream = get(dy + at, live, ACC)
     z = centred * deviation[:, None] * gamma[None, :] + shift[None, :]
-    dz, z = activation_gradient(upstream, z, source, at, live, aw, FROM_Y, ACT, P0, P1)
-    return dz, dz * gamma[None, :], centred, grad_weight(upstream, z, aw, ACT)
+    dz, z = activation_gradient(upstream, z, source, at, live, live, aw, SOURCE, ACT, P0, P1)
+    return dz, dz * gamma[None, :], centred, grad_weight(upstream, z, aw, ACT, SOURCE)
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def write(dx, dh, dresidual, dz, weighted, centred, dz_scale, q, r, at, live, AC
 def grad_positions_kernel(
     x, dy, dh, source, dx, dresidual, mean, rstd, weight, bias, act_weight, part_dz, part_dz_xc, part_act,
     C, S, blocks, all_blocks,
-    EPS: tl.constexpr, FROM_Y: tl.constexpr,
+    EPS: tl.constexpr, SOURCE: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
     NHWC: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, ONE: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr, BLOCKS_C: tl.constexpr, BLOCKS: tl.constexpr,
@@ -75,7 +75,7 @@ def grad_positions_kernel(
             live = here[:, None] & (c < C)[None, :]
             dz, weighted, centred, act = gradient(
                 x, dy, source, weight, bias, act_weight, centre, deviation, c, start + offsets, live,
-                C, FROM_Y, ACT, P0, P1, ACT_PER_CHANNEL, ACC,
+                C, SOURCE, ACT, P0, P1, ACT_PER_CHANNEL, ACC,
             )  # fmt: skip
             a = tl.sum(weighted, 1)
             b = tl.sum(weighted * centred, 1)
@@ -91,7 +91,7 @@ def grad_positions_kernel(
                 at = start + k * jump + offsets
                 dz, weighted, centred, act = gradient(
                     x, dy, source, weight, bias, act_weight, centre, deviation, k * BC + c, at, here[:, None] & (k * BC + c < C)[None, :],
-                    C, FROM_Y, ACT, P0, P1, ACT_PER_CHANNEL, ACC,
+                    C, SOURCE, ACT, P0, P1, ACT_PER_CHANNEL, ACC,
                 )  # fmt: skip
                 lanes_a += weighted
                 lanes_b += weighted * centred
@@ -114,7 +114,7 @@ def grad_positions_kernel(
                 live = here[:, None] & (k * BC + c < C)[None, :]
                 dz, weighted, centred, act = gradient(
                     x, dy, source, weight, bias, act_weight, centre, deviation, k * BC + c, at, live,
-                    C, FROM_Y, ACT, P0, P1, ACT_PER_CHANNEL, ACC,
+                    C, SOURCE, ACT, P0, P1, ACT_PER_CHANNEL, ACC,
                 )  # fmt: skip
                 write(dx, dh, dresidual, dz, weighted, centred, dz_scale, q, r, at, live, ACC)
     if part_dz is not None:

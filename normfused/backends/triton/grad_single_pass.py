@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .activation import grad_weight
 from .grad_moments import activation_gradient
+from .mask import set_bytes, unpack
 from .rules import rms, standard
 from .single_pass import channels_of, locate_sets, over_columns, over_set, set_offsets, sum_set
 from .tiles import divisible, get, put
@@ -20,7 +21,7 @@ from .tiles import divisible, get, put
 def grad_single_pass_kernel(
     x, dy, source, dx, dresidual, mean, rstd, weight, bias, act_weight, out_dz, out_dz_xc, out_act,
     D, S, R, so, sg, sR, sS, groups, per_outer, count,
-    CENTRED: tl.constexpr, FROM_Y: tl.constexpr,
+    CENTRED: tl.constexpr, SOURCE: tl.constexpr, GROUP: tl.constexpr, NHWC: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr, ROWS_ARE_CHANNELS: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +30,7 @@ def grad_single_pass_kernel(
     sg = divisible(sg, ALIGN)
     sR = divisible(sR, ALIGN)
     S = divisible(S, ALIGN)
-    j, index, start = locate_sets(per_outer, so, sg, BSET)
+    j0, j, index, start = locate_sets(per_outer, so, sg, BSET)
     offsets = set_offsets(sg, sR, sS, BSET, BR, BS, WIDE)
     inside = (j < per_outer)[:, None] & (tl.arange(0, BR) < R)[None, :]
     live = inside[:, :, None] & (tl.arange(0, BS) < S)[None, None, :]
@@ -43,7 +44,11 @@ def grad_single_pass_kernel(
     gamma = over_columns(weight, c, known, 1.0, ACC)
     z = centred * (over_set(deviation) * gamma) + over_columns(bias, c, known, 0.0, ACC)
     aw = over_columns(act_weight, c if ACT_PER_CHANNEL else c * 0, known, 0.0, ACC)
-    dz, z = activation_gradient(upstream, z, source, start + offsets, live, aw, FROM_Y, ACT, P0, P1)
+    bit = tl.zeros([1, 1, 1], tl.int1)
+    if SOURCE == "mask":
+        at, has = set_bytes(j0, per_outer, R, S, sg, sR, sS, NHWC, WIDE, BSET, BR, BS, GROUP)
+        bit = tl.reshape(unpack(tl.load(source + start // GROUP + at, mask=has, other=0), 0 if NHWC else 1, GROUP), [BSET, BR, BS])
+    dz, z = activation_gradient(upstream, z, source, start + offsets, live, bit, aw, SOURCE, ACT, P0, P1)
     if dresidual is not None:
         put(dresidual + start + offsets, dz, live)
     sum_dz = tl.sum(dz, 2)
@@ -54,14 +59,14 @@ def grad_single_pass_kernel(
             tl.store(out_dz + at, sum_dz, mask=inside)
             tl.store(out_dz_xc + at, sum_dz_xc, mask=inside)
         if out_act is not None:
-            tl.store(out_act + at, tl.sum(grad_weight(upstream, z, aw, ACT), 2), mask=inside)
+            tl.store(out_act + at, tl.sum(grad_weight(upstream, z, aw, ACT, SOURCE), 2), mask=inside)
     else:
         if out_dz is not None:
             put(out_dz + index, tl.sum(sum_dz, 1), j < per_outer)
         if out_dz_xc is not None:
             put(out_dz_xc + index, tl.sum(sum_dz_xc, 1) * deviation, j < per_outer)
         if out_act is not None:
-            put(out_act + index, sum_set(grad_weight(upstream, z, aw, ACT)), j < per_outer)
+            put(out_act + index, sum_set(grad_weight(upstream, z, aw, ACT, SOURCE)), j < per_outer)
     if dx is not None:
         flat = tl.sum(gamma, 2)
         b = tl.sum(sum_dz_xc * flat, 1)

@@ -19,7 +19,7 @@ from .grad_positions import grad_positions_kernel
 from .grad_single_pass import grad_single_pass_kernel
 from .launch import launch, on_device_of
 from .moments import moments_kernel
-from .plan import SINGLE_PASS, Geometry, Plan, RowTile, SetTile, Stream, cdiv, plan_for, power_of_2
+from .plan import SINGLE_PASS, Geometry, Plan, RowTile, SetTile, Stream, cdiv, mask_bytes, mask_group, plan_for, power_of_2
 from .positions import positions_kernel
 from .single_pass import single_pass_kernel
 
@@ -72,6 +72,12 @@ def _merge(names: tuple[str, str], kept: int, summed: int) -> tuple[int, dict[st
     return cdiv(kept, BK), {names[0]: BK, names[1]: BP, "LOOPS": power_of_2(cdiv(summed, BP)), "num_warps": 4}
 
 
+def _source(p: Problem, slices: bool = False) -> dict[str, Any]:
+    """What the backward knows z from, and how many elements a byte of the mask holds."""
+    group = 0 if slices else mask_group(p)  # the steps leave no mask
+    return {"SOURCE": "mask" if group else p.z_source or "x", "GROUP": group or 1}
+
+
 def _like(p: Problem, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=p.accumulate, device=x.device)
 
@@ -105,6 +111,7 @@ def norm_act(
     rstd = _like(p, x, p.moments_shape)
     mean = _like(p, x, p.moments_shape if p.centred or not p.batch_statistics else (0,))
     residual = residual if p.residual_mode is not None else None
+    mask = torch.empty(mask_bytes(p), dtype=torch.uint8, device=x.device) if mask_group(p) else None
     with on_device_of(x):
         if p.scope == POSITION:
             h = torch.empty_like(x) if p.residual_mode == PRE_NORM else None
@@ -112,8 +119,8 @@ def norm_act(
             return y, mean, rstd, h
         if not p.batch_statistics:
             given = running_mean, running_var
-            _apply(p, plan, x, residual, y, mean, rstd, weight, bias, act_weight, given=given)
-            return y, mean if p.centred else mean.new_empty(0), rstd, None
+            _apply(p, plan, x, residual, y, mask, mean, rstd, weight, bias, act_weight, given=given)
+            return y, mean if p.centred else mean.new_empty(0), rstd, mask
         tracked = (_some(running_mean), _some(running_var), num_batches_tracked)
         average = _averages(p, num_batches_tracked)
         over_samples = p.scope == SAMPLE_GROUP and any(b is not None for b in tracked)
@@ -121,15 +128,15 @@ def norm_act(
         out = (mean if p.centred or over_samples else None, var, rstd, eps_weight)
         in_kernel = (None, None, None) if over_samples else tracked
         if plan.route == SINGLE_PASS:
-            _single_pass(p, plan, x, residual, y, out, weight, bias, act_weight, in_kernel, average)
+            _single_pass(p, plan, x, residual, y, mask, out, weight, bias, act_weight, in_kernel, average)
         else:
             _moments(p, plan, x, out, in_kernel, average)
-            _apply(p, plan, x, residual, y, mean if p.centred else None, rstd, weight, bias, act_weight)
+            _apply(p, plan, x, residual, y, mask, mean if p.centred else None, rstd, weight, bias, act_weight)
         if over_samples:
             programs, blocks = _merge(("BC", "BN"), p.C, p.N)
             constants = {"AVERAGE": average, **_type(p), **blocks}
             launch(average_running_kernel, programs, mean, var, *tracked, _momentum(p), p.N, p.C, p.count, **constants)
-    return y, mean, rstd, None
+    return y, mean, rstd, mask
 
 
 def _some(buffer: Tensor | None) -> Tensor | None:
@@ -159,6 +166,7 @@ def _apply(
     x: Tensor,
     residual: Tensor | None,
     y: Tensor,
+    mask: Tensor | None,
     mean: Tensor | None,
     scale: Tensor,
     weight: Tensor | None,
@@ -169,9 +177,10 @@ def _apply(
 ) -> None:
     g, t = plan.geometry, plan.stream
     launch(
-        apply_kernel, t.programs, x, residual, y, mean, scale, weight, shift, act_weight, *given,
+        apply_kernel, t.programs, x, residual, y, mask, mean, scale, weight, shift, act_weight, *given,
         g.inner, g.C, g.D, *_where(g, t),
-        SLICES=slices, POST=p.residual_mode == POST_ACT, EPS=p.eps, **_activation(p, act_weight), **_type(p), **_tiles(g, t),
+        SLICES=slices, POST=p.residual_mode == POST_ACT, EPS=p.eps, GROUP=mask_group(p) or 1,
+        **_activation(p, act_weight), **_type(p), **_tiles(g, t),
     )  # fmt: skip
 
 
@@ -181,6 +190,7 @@ def _single_pass(
     x: Tensor,
     residual: Tensor | None,
     y: Tensor,
+    mask: Tensor | None,
     out: tuple[Tensor | None, ...],
     weight: Tensor | None,
     bias: Tensor | None,
@@ -193,10 +203,10 @@ def _single_pass(
     mean, var, rstd, eps_weight = out
     launch(
         single_pass_kernel, t.programs,
-        x, residual, y, mean, var, rstd, weight, bias, act_weight, eps_weight, *tracked, _momentum(p),
+        x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, eps_weight, *tracked, _momentum(p),
         g.C, g.D, *_set_strides(g, t), p.count,
         CENTRED=p.centred, EPS=p.eps, EPS_PER_CHANNEL=eps_weight is not None and eps_weight.numel() > 1, AVERAGE=average,
-        POST=p.residual_mode == POST_ACT, ROWS_ARE_CHANNELS=p.scope == SAMPLE_GROUP,
+        POST=p.residual_mode == POST_ACT, GROUP=mask_group(p) or 1, NHWC=g.nhwc, ROWS_ARE_CHANNELS=p.scope == SAMPLE_GROUP,
         **_activation(p, act_weight), **_type(p), **_sets(g, t),
     )  # fmt: skip
 
@@ -339,7 +349,7 @@ def _grad_sums(
     launch(
         grad_moments_kernel, t.programs, x, dy, source, dx, dresidual, *part, centre, scale, weight, shift, act_weight,
         g.outer, g.inner, g.C, g.D, *_where(g, t),
-        POSITION=p.scope == POSITION, SLICES=slices, FROM_Y=p.z_source == "y",
+        POSITION=p.scope == POSITION, SLICES=slices, **_source(p, slices),
         **_activation(p, act_weight), **_type(p), **_tiles(g, t),
     )  # fmt: skip
 
@@ -368,7 +378,7 @@ def _grad_output(
     launch(
         grad_apply_kernel, t.programs, x, dy, source, dx, dresidual, centre, scale, weight, shift, act_weight, dz_scale, q, r,
         g.inner, g.C, g.D, *_where(g, t),
-        SLICES=slices, FROM_Y=p.z_source == "y", **_activation(p, act_weight), **_type(p), **_tiles(g, t),
+        SLICES=slices, **_source(p, slices), **_activation(p, act_weight), **_type(p), **_tiles(g, t),
     )  # fmt: skip
 
 
@@ -446,7 +456,7 @@ def _grad_single_pass(
     launch(
         grad_single_pass_kernel, t.programs, x, dy, source, dx, dresidual, centre, rstd, weight, bias, act_weight, *part,
         g.D, *_set_strides(g, t), p.count,
-        CENTRED=p.centred, FROM_Y=p.z_source == "y", ROWS_ARE_CHANNELS=by_row,
+        CENTRED=p.centred, **_source(p), NHWC=g.nhwc, ROWS_ARE_CHANNELS=by_row,
         **_activation(p, act_weight), **_type(p), **_sets(g, t),
     )  # fmt: skip
     if wanted.needed and by_row:
@@ -478,7 +488,7 @@ def _grad_positions(
         launch(
             grad_positions_kernel, programs, x, dy, dh, source, dx, dresidual, centre, rstd, weight, bias, act_weight,
             *(part if in_launch else (None,) * 3), g.C, g.S, t.blocks, t.all_blocks,
-            EPS=p.eps, FROM_Y=p.z_source == "y", ONE=p.count == 1, BLOCKS=t.BLOCKS,
+            EPS=p.eps, SOURCE=p.z_source or "x", ONE=p.count == 1, BLOCKS=t.BLOCKS,
             **_activation(p, act_weight), **_type(p), **_rows(g, t),
         )  # fmt: skip
     if wanted.needed:
@@ -500,7 +510,7 @@ def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: 
     y = torch.empty_like(x)
     residual = residual if p.residual_mode is not None else None
     with on_device_of(x):
-        _apply(p, plan_for(p), x, residual, y, None, scale, None, shift, act_weight, slices=True)
+        _apply(p, plan_for(p), x, residual, y, None, None, scale, None, shift, act_weight, slices=True)
     return y
 
 

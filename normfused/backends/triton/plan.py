@@ -25,7 +25,7 @@ from functools import lru_cache
 
 import torch
 
-from ...problem import CHANNEL, NHWC, POSITION, RMS, SAMPLE_GROUP, Problem
+from ...problem import CHANNEL, NHWC, POSITION, PRE_ACT, RMS, SAMPLE_GROUP, Problem
 
 SINGLE_PASS, TWO_PASS, SLICES = "single_pass", "two_pass", "slices"
 
@@ -143,6 +143,23 @@ def geometry(p: Problem) -> Geometry:
     return Geometry(1, inner, p.C, S, 1, nhwc)
 
 
+def mask_group(p: Problem) -> int:
+    """Elements to a byte of the bit mask (mask.py); 0 where y tells the derivative, or the residual.
+
+    Contiguous runs must be whole 16-byte vectors. In nhwc the channels of a group must be whole vectors, or a power of 2.
+    """
+    g, group = geometry(p), 16 // p.dtype.itemsize
+    if p.residual_mode != PRE_ACT or not p.act.has_two_slopes or p.scope == POSITION or (g.C if g.nhwc else g.S) % group:
+        return 0
+    apart = p.scope == SAMPLE_GROUP and g.nhwc and g.D % group and power_of_2(g.D) != g.D
+    return 0 if apart else group
+
+
+def mask_bytes(p: Problem) -> int:
+    group = mask_group(p)
+    return p.N * p.C * p.S // group if group else 0
+
+
 def _block(length: int, sizes: tuple[int, ...]) -> int:
     """The largest size, unless a smaller one pads ``length`` by at least a tenth less."""
     best = min(sizes[0], power_of_2(length))
@@ -159,7 +176,7 @@ def stream(p: Problem, limits: Limits) -> Stream:
         BC = _block(g.C, (min(tile, 128), min(tile, 64), min(tile, 32)))
         BS = min(power_of_2(g.S), max(tile // BC, 1))
     else:
-        BS = _block(g.S, tuple(max(tile >> k, 1) for k in range(5)))
+        BS = _block(g.S, tuple(max(tile >> k, 8) for k in range(5)))  # a byte of the mask at least
         BC = min(power_of_2(g.C), max(tile // BS, 1))
     s_tiles, blocks = cdiv(g.S, BS), cdiv(g.C, BC)
     tiles = g.inner * s_tiles
@@ -177,7 +194,7 @@ def _warps(p: Problem, elements: int) -> int:
 
 
 def set_tile(p: Problem, limits: Limits, backward: bool) -> SetTile | None:
-    """The tile of the single pass, or None if a set does not fit or would be read by scraps of a memory sector."""
+    """The tile of the single pass, or None if a set does not fit or would be read by scraps of memory."""
     g = geometry(p)
     limit = limits.grad_set_tile if backward else limits.set_tile
     limit = limit // 2 if p.dtype == torch.float64 else limit
@@ -191,7 +208,7 @@ def set_tile(p: Problem, limits: Limits, backward: bool) -> SetTile | None:
     outers = g.sets // per_outer
     BR, BS = power_of_2(R), power_of_2(S)
     contiguous = R if p.scope == SAMPLE_GROUP else 1
-    least = power_of_2(cdiv(32, p.dtype.itemsize * contiguous)) if g.nhwc else 1  # sets to fill a 32-byte sector
+    least = power_of_2(cdiv(64, p.dtype.itemsize * contiguous)) if g.nhwc else 1  # sets to fill 64 bytes, below which reads are slow
     BSET = min(least, power_of_2(per_outer))
     if limit < BSET * BR * BS:
         return None

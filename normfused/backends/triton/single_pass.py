@@ -2,7 +2,8 @@
 
 A tile is BSET sets x BR rows x BS columns. Scope sample_group: rows are the channels of a group. Scope channel: rows are the
 samples (nchw), or there is one row and columns run over samples and positions (nhwc). Variance about the mean, corrected for the
-rounding of the mean. On chip: x. Reads x [and residual] once, writes y: 2 (3) elements each. Grid: outer indices x blocks of sets.
+rounding of the mean. On chip: x. Reads x [and residual] once, writes y [and the mask]: 2 (3) elements each. Grid: outer indices x
+blocks of sets.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .activation import activate
+from .activation import activate, on_first_slope
 from .coefficients import finish
+from .mask import pack, set_bytes
 from .tiles import divisible, get, put
 
 
 @triton.jit
 def locate_sets(per_outer, so, sg, BSET: tl.constexpr):
-    """(index within the outer index, set index, offset of the first set)"""
+    """(first index within the outer index, all of them, set index, offset of the first set)"""
     blocks = tl.cdiv(per_outer, BSET)
     o = tl.program_id(0) // blocks
     j0 = tl.program_id(0) % blocks * BSET
     j = j0 + tl.arange(0, BSET)
-    return j, o * per_outer + j, o.to(tl.int64) * so + j0.to(tl.int64) * sg
+    return j0, j, o * per_outer + j, o.to(tl.int64) * so + j0.to(tl.int64) * sg
 
 
 @triton.jit
@@ -67,9 +69,10 @@ def sum_set(values):
 
 @triton.jit
 def single_pass_kernel(
-    x, residual, y, mean, var, rstd, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, momentum: tl.float64,
+    x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, momentum: tl.float64,
     C, D, S, R, so, sg, sR, sS, groups, per_outer, count,
     CENTRED: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, POST: tl.constexpr,
+    GROUP: tl.constexpr, NHWC: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr, ROWS_ARE_CHANNELS: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
@@ -77,7 +80,7 @@ def single_pass_kernel(
     sg = divisible(sg, ALIGN)
     sR = divisible(sR, ALIGN)
     S = divisible(S, ALIGN)
-    j, index, start = locate_sets(per_outer, so, sg, BSET)
+    j0, j, index, start = locate_sets(per_outer, so, sg, BSET)
     offsets = set_offsets(sg, sR, sS, BSET, BR, BS, WIDE)
     inside = (j < per_outer)[:, None] & (tl.arange(0, BR) < R)[None, :]
     live = inside[:, :, None] & (tl.arange(0, BS) < S)[None, None, :]
@@ -106,6 +109,11 @@ def single_pass_kernel(
         if POST:
             put(y + start + offsets, activate(z, aw, ACT, P0, P1) + r, live)
         else:
-            put(y + start + offsets, activate(z + r, aw, ACT, P0, P1), live)
+            z += r
+            put(y + start + offsets, activate(z, aw, ACT, P0, P1), live)
+            if mask is not None:
+                bits = tl.reshape(on_first_slope(z, aw, ACT), [BSET * BR, BS])
+                at, has = set_bytes(j0, per_outer, R, S, sg, sR, sS, NHWC, WIDE, BSET, BR, BS, GROUP)
+                tl.store(mask + start // GROUP + at, pack(bits, 0 if NHWC else 1, GROUP), mask=has)
     else:
         put(y + start + offsets, activate(z, aw, ACT, P0, P1), live)
