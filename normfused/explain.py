@@ -18,6 +18,7 @@ _PATHS = {
     "fused": "the backend's kernels; saves x and the moments",
     "composite": "ATen's own kernels, differentiable",
     "slices": "moments -> the rule in PyTorch -> apply",
+    "synchronized": "moments -> what the processes know together -> apply",
 }
 
 

@@ -92,8 +92,12 @@ def call(
     batch_statistics: bool = True,
     momentum: float | None = 0.0,
     normalized_shape: tuple[int, ...] | None = None,
+    run: Callable[..., tuple[Tensor, Tensor | None]] = ops.norm_act,
 ) -> Any:
-    """Run a checked norm on x (N, C, *), or, with ``normalized_shape``, over trailing dimensions; (y, h) in pre_norm mode, else y."""
+    """Run a checked norm on x (N, C, *), or, with ``normalized_shape``, over trailing dimensions; (y, h) in pre_norm mode, else y.
+
+    ``run`` has the arguments of `ops.norm_act`: who keeps other things for the backward, or asks other processes.
+    """
     channels = x.shape[1] if normalized_shape is None else math.prod(normalized_shape)
     fused, act_weight, composed = (IDENTITY, None, None) if act is None else resolve_act(op, act, act_param, x, channels)
     if residual_mode not in modes:
@@ -105,7 +109,7 @@ def call(
     added_after = None
     if composed is not None and mode == POST_ACT:
         added_after, residual, mode = residual, None, None
-    y, h = ops.norm_act(
+    y, h = run(
         x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
         scope, rule, groups, batch_statistics, eps, momentum, fused, mode, backend, normalized_shape,
     )  # fmt: skip

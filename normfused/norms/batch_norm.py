@@ -67,6 +67,30 @@ def batch_norm_act(
     checks.floating(op, x)
     if x.dim() == 1 and x.numel() == 0:  # torch takes an empty vector for an empty batch
         return x.clone()
+    check_batch_norm(op, x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    if training:
+        checks.more_than_one_value(op, x)
+    y: Tensor = call(
+        op, x, weight, bias, CHANNEL, STANDARD, 1, eps, act, act_param, residual, residual_mode, backend,
+        running_mean=running_mean, running_var=running_var, counter=num_batches_tracked if training else None,
+        batch_statistics=training, momentum=momentum,
+    )  # fmt: skip
+    return y
+
+
+def check_batch_norm(
+    op: str,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    counter: Tensor | None,
+) -> None:
+    """What holds of one process and of many; how many values there must be is for the caller to say."""
     checks.min_dim(op, x, 2)
     channels = x.shape[1]
     checks.eps(op, eps, positive=training)
@@ -79,23 +103,16 @@ def batch_norm_act(
     if running_var is not None:
         checks.parameter(op, "running_var", running_var, x, channels)
     if training:
-        checks.more_than_one_value(op, x)
         if (running_mean is None) != (running_var is None):
             raise checks.ArgumentError(
                 f"{op}: running_mean and running_var must both be given or both be None, got {_which(running_mean, running_var)}"
             )
-        if momentum is None and running_mean is not None and num_batches_tracked is None:
+        if momentum is None and running_mean is not None and counter is None:
             raise ValueError(f"{op}: momentum=None averages over all batches and needs num_batches_tracked, got None")
     elif running_mean is None or running_var is None:
         raise checks.ArgumentError(
             f"{op}: running_mean and running_var must be given when training=False, got {_which(running_mean, running_var)}"
         )
-    y: Tensor = call(
-        op, x, weight, bias, CHANNEL, STANDARD, 1, eps, act, act_param, residual, residual_mode, backend,
-        running_mean=running_mean, running_var=running_var, counter=num_batches_tracked if training else None,
-        batch_statistics=training, momentum=momentum,
-    )  # fmt: skip
-    return y
 
 
 def _which(running_mean: Tensor | None, running_var: Tensor | None) -> str:
@@ -123,13 +140,12 @@ class _BatchNormAct(NormActMixin, nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         self._init_act(num_features, act, residual_mode, backend, device, dtype, bias=bias)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        training = self.training
+    def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool]:
+        """(running mean, running var, counter, momentum, whether the batch's statistics are used) of this call."""
         running_mean, running_var = self._buffers["running_mean"], self._buffers["running_var"]
-        batch_statistics = training or (running_mean is None and running_var is None)
+        batch_statistics = self.training or (running_mean is None and running_var is None)
         counter, momentum = None, self.momentum
-        if training:
+        if self.training:
             if self.track_running_stats:
                 counter = self._buffers["num_batches_tracked"]
             else:
@@ -138,6 +154,11 @@ class _BatchNormAct(NormActMixin, nn.modules.batchnorm._BatchNorm):
                 momentum = 0.0  # as torch: nothing to average over
         elif batch_statistics:
             running_mean = running_var = None
+        return running_mean, running_var, counter, momentum, batch_statistics
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        running_mean, running_var, counter, momentum, batch_statistics = self._statistics()
         weight, bias = own(self, "weight"), own(self, "bias")
         return batch_norm_act(
             input, running_mean, running_var, weight, bias, batch_statistics, momentum, self.eps,
