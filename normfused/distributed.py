@@ -153,7 +153,8 @@ class SyncNormAct(torch.autograd.Function):
         channels = x.shape[1]
         dact_weight = None
         if x.numel() == 0:
-            sum_dz = sum_dz_xc = torch.zeros_like(mean)
+            # zero, but known only in the backward: a compiler would exchange a constant in the forward
+            sum_dz = sum_dz_xc = torch.zeros_like(mean) + dy.sum(dtype=mean.dtype)
             rstd = mean
             if act_weight is not None:
                 dact_weight = torch.zeros_like(act_weight)
