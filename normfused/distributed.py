@@ -47,7 +47,7 @@ def group_of(process_group: Any) -> Group | None:
         raise ValueError(f"process_group: this process must be a member, got a group without rank {distributed.get_rank()}")
     if size == 1:
         return None
-    group = distributed.group.WORLD if process_group is None else process_group
+    group: Any = distributed.group.WORLD if process_group is None else process_group
     return Group(group.group_name, size, distributed.get_rank(process_group))
 
 
@@ -234,6 +234,11 @@ def _differentiable_backward(
     return tuple(gradients)
 
 
+def _one_sample(x: Tensor) -> Tensor:
+    """(N, C, *) with channels innermost as (1, C, N*S, 1), a view."""
+    return x.movedim(1, -1).reshape(1, -1, 1, x.shape[1]).movedim(-1, 1)
+
+
 @ops.without_autocast
 def norm_act(
     x: Tensor,
@@ -268,8 +273,8 @@ def norm_act(
     # channels innermost: one sample of C sets, where N samples would have N*C
     folds = x.numel() > 0 and (x.numel() == shape[0] * shape[1] or layout_of(x) == NHWC)
     if folds:
-        x, residual = (None if t is None else t.movedim(1, -1).reshape(1, -1, 1, shape[1]).movedim(-1, 1) for t in (x, residual))
-        assert x is not None
+        x = _one_sample(x)
+        residual = None if residual is None else _one_sample(residual)
     y, count, mean, var = ops.apply_function(
         SyncNormAct, x, residual, weight, bias, act_weight, eps, act.name, act.p0, act.p1, residual_mode, name,
         (group.name, group.size, group.rank),

@@ -139,7 +139,8 @@ class SyncBatchNormAct(_BatchNormAct):
             raise TypeError(f"SyncBatchNormAct.from_batch_norm: layer must be a batch norm of known size, got {type(layer).__name__}")
         made = cls(
             layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, process_group, "meta",
-            act=getattr(layer, "act", None), residual_mode=getattr(layer, "residual_mode", PRE_ACT), backend=getattr(layer, "backend", None),
+            act=getattr(layer, "act", None), residual_mode=getattr(layer, "residual_mode", PRE_ACT),
+            backend=getattr(layer, "backend", None),
         )  # fmt: skip
         made._parameters.update(layer._parameters)
         made._buffers.update(layer._buffers)
