@@ -463,7 +463,7 @@ class NormAct(torch.autograd.Function):
         if dy is None:  # only h, or nothing, was used
             return (dh, dh, None, None, None, None, *none)
         if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or (static[-1] == "torch" and _recomputes(x)):
-            return (*_differentiable_backward(dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, static, needs), *none)
+            return (*differentiable_backward(dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, static, needs), *none)
         dresidual = None
         own_residual = residual_mode == PRE_ACT and needs[1]
         if residual_mode == POST_ACT or (own_residual and static[6] == "identity"):
@@ -510,7 +510,7 @@ def own_node(t: Tensor | None, connected: bool) -> Tensor | None:
     return t.view_as(t) if connected and t.requires_grad else t.detach().requires_grad_()
 
 
-def _differentiable_backward(
+def differentiable_backward(
     dy: Tensor,
     dh: Tensor | None,
     x: Tensor,
@@ -521,7 +521,7 @@ def _differentiable_backward(
     eps_weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    static: list[Any],
+    static: Sequence[Any],
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The backward as differentiable operations: the vector-Jacobian product of the composite, recomputed from what was saved."""

@@ -28,6 +28,7 @@ def batch_norm_act(
     residual_mode: str = PRE_ACT,
     num_batches_tracked: Tensor | None = None,
     backend: str | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     r"""Batch norm, activation and residual add in one operation.
 
@@ -50,6 +51,8 @@ def batch_norm_act(
         residual_mode: ``"pre_act"`` (default) adds it before the activation, ``"post_act"`` after.
         num_batches_tracked: int64 scalar, incremented in training; read on its device.
         backend: overrides the selected backend for this call.
+        memory_efficient: keep y, not x, for the backward and rebuild x from it (default False): identity, leaky_relu and softplus only,
+            no residual before y, no double backward; weights must not be near 0. See `normfused.rebuild` and docs/memory.md.
 
     Returns:
         Tensor like x, in x's memory format.
@@ -73,7 +76,7 @@ def batch_norm_act(
     y: Tensor = call(
         op, x, weight, bias, CHANNEL, STANDARD, 1, eps, act, act_param, residual, residual_mode, backend,
         running_mean=running_mean, running_var=running_var, counter=num_batches_tracked if training else None,
-        batch_statistics=training, momentum=momentum,
+        batch_statistics=training, momentum=momentum, memory_efficient=memory_efficient,
     )  # fmt: skip
     return y
 
@@ -135,10 +138,11 @@ class _BatchNormAct(NormActMixin, nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         act: ActivationLike = None,
         residual_mode: str = PRE_ACT,
+        memory_efficient: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self._init_act(num_features, act, residual_mode, backend, device, dtype, bias=bias)
+        self._init_act(num_features, act, residual_mode, backend, device, dtype, bias=bias, memory_efficient=memory_efficient)
 
     def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool]:
         """(running mean, running var, counter, momentum, whether the batch's statistics are used) of this call."""
@@ -163,6 +167,7 @@ class _BatchNormAct(NormActMixin, nn.modules.batchnorm._BatchNorm):
         return batch_norm_act(
             input, running_mean, running_var, weight, bias, batch_statistics, momentum, self.eps,
             act=self.act, residual=residual, residual_mode=self.residual_mode, num_batches_tracked=counter, backend=self.backend,
+            memory_efficient=self._keeps_y(input, weight, bias),
         )  # fmt: skip
 
 
@@ -172,6 +177,7 @@ _DOC = r"""`torch.nn.BatchNorm{d}d` with a fused activation and residual add; se
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as `torch.nn.BatchNorm{d}d`.
         act: None (default), a name, ``(name, parameters)``, a torch activation module, or any callable (composed, not fused).
         residual_mode: ``"pre_act"`` (default) or ``"post_act"``; where ``forward(input, residual)`` adds its second argument.
+        memory_efficient: as in `batch_norm_act`; the first training forward raises where a weight is too near 0.
         backend: None (default: the selected one) or a backend's name, for this layer alone.
 
     Shape: {shape} in and out. State dict: torch's names and shapes, interchangeable both ways; ``act`` adds its own, if any.
