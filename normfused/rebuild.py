@@ -98,10 +98,14 @@ def _centred_input(z: Tensor, weight: Tensor | None, bias: Tensor | None, rstd: 
     )
     shift = -scale * _over_elements(bias, z, CHANNEL) if bias is not None else torch.zeros_like(scale)
     deviation = _over_elements(rstd.reciprocal(), z, scope)
-    x = torch.empty_like(z)
+    into: dict[str, Any] = (
+        {} if torch.compiler.is_compiling() else {"out": torch.empty_like(z)}
+    )  # Dynamo knows no out= here, and fuses the rounding
     if scope == POSITION:
-        return torch.mul(torch.addcmul(shift, z, scale), deviation, out=x)
-    return torch.addcmul(shift * deviation, z, scale * deviation, out=x)
+        x = torch.mul(torch.addcmul(shift, z, scale), deviation, **into)
+    else:
+        x = torch.addcmul(shift * deviation, z, scale * deviation, **into)
+    return x.to(z.dtype)
 
 
 def _rstd(x: Tensor, scope: str, rule: str, groups: int, eps: float) -> Tensor:
