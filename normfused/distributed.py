@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from . import dispatch, ops
+from . import dispatch, ops, rebuild
 from .activations import Activation
 from .backends.torch import composite
 from .problem import CHANNEL, NHWC, PRE_ACT, STANDARD, accumulation_dtype, dense, layout_of
@@ -119,12 +119,15 @@ def _own_numbers(x: Tensor, backend: str) -> Tensor:
 
 
 class SyncNormAct(torch.autograd.Function):
-    """Saves x, the group's moments per channel, the parameters and, with a residual before the activation, y or the residual."""
+    """Saves x, the group's moments per channel, the parameters and, with a residual before the activation, y or the residual.
+
+    With ``keeps_y`` it saves y in place of x, which it rebuilds (`rebuild`).
+    """
 
     @staticmethod
     def forward(
         x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, act_weight: Tensor | None,
-        eps: float, act: str, p0: float, p1: float, residual_mode: str | None, backend: str, group: tuple[str, int, int],
+        eps: float, act: str, p0: float, p1: float, residual_mode: str | None, backend: str, group: tuple[str, int, int], keeps_y: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         count, mean, var = _merged(gather(_own_numbers(x, backend), Group(*group)))
         if x.numel() == 0:
@@ -134,20 +137,25 @@ class SyncNormAct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, residual, weight, bias, act_weight, eps, act, p0, p1, residual_mode, backend, group = inputs
+        x, residual, weight, bias, act_weight, eps, act, p0, p1, residual_mode, backend, group, keeps_y = inputs
         y, count, mean, var = output
-        ctx.eps, ctx.static, ctx.group = eps, (act, p0, p1, residual_mode, backend), group
+        ctx.eps, ctx.static, ctx.group, ctx.keeps_y = eps, (act, p0, p1, residual_mode, backend), group, keeps_y
         source = ops.step_z_source(Activation(act, p0, p1), x.dtype, residual_mode, backend)
         z_source = {None: None, "y": y, "residual": residual}[source]
         ctx.mark_non_differentiable(count, mean, var)
-        ctx.save_for_backward(x, z_source, weight, bias, act_weight, count, mean, var)
+        ctx.save_for_backward(y if keeps_y else x, z_source, weight, bias, act_weight, count, mean, var)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, z_source, weight, bias, act_weight, count, mean, var = ctx.saved_tensors
         needs, static, group = ctx.needs_input_grad, ctx.static, Group(*ctx.group)
         residual_mode = static[3]
-        none = (None,) * 7
+        none = (None,) * 8
+        if ctx.keeps_y:
+            rebuild.check_once()
+            dy, z = rebuild.before_activation(dy, x, Activation(*static[:3]))
+            x = rebuild.centred_input(z, weight, bias, (var + ctx.eps).rsqrt(), CHANNEL)
+            mean, static = torch.zeros_like(mean), ("identity", 0.0, 0.0, *static[3:])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*_differentiable_backward(dy, x, z_source, weight, bias, act_weight, ctx.eps, static, group, needs), *none)
         channels = x.shape[1]
@@ -262,9 +270,12 @@ def norm_act(
     normalized_shape: None,
     *,
     group: Group,
+    keeps_y: bool,
 ) -> tuple[Tensor, None]:
     """`ops.norm_act` for the batch of all processes of ``group`` (scope channel, rule standard, statistics of the batch)."""
     name = dispatch.choose(x.device.type, x.dtype, backend)
+    if keeps_y:
+        rebuild.check("sync_batch_norm_act", act, x.dtype, residual_mode)
     if ops.trace is not None:
         ops.trace.append((name, "synchronized", CHANNEL, STANDARD, act, residual_mode, None))
     shape, x = x.shape, dense(x)
@@ -277,7 +288,7 @@ def norm_act(
         residual = None if residual is None else _one_sample(residual)
     y, count, mean, var = ops.apply_function(
         SyncNormAct, x, residual, weight, bias, act_weight, eps, act.name, act.p0, act.p1, residual_mode, name,
-        (group.name, group.size, group.rank),
+        (group.name, group.size, group.rank), keeps_y,
     )  # fmt: skip
     if folds:
         y = y.movedim(1, -1).reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)

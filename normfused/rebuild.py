@@ -57,6 +57,15 @@ def check(op: str, act: Activation, dtype: torch.dtype, residual_mode: str | Non
         raise ValueError(f"{op}: memory_efficient=True must find x from y alone, got a residual in mode {residual_mode!r}")
 
 
+def check_once() -> None:
+    """Raise in a backward that is to be differentiated."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "memory_efficient=True keeps no x to differentiate a second time, got a backward with create_graph=True; build the layer"
+            " with memory_efficient=False"
+        )
+
+
 def too_near_zero(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Which channels' weight is so small that y, rounded to ``dtype``, tells their normalized input no better than to 1/32.
 
@@ -67,7 +76,7 @@ def too_near_zero(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Te
     return weight.abs() * _ERROR <= (noise if bias is None else bias.abs() * u + noise)
 
 
-def _before_activation(dy: Tensor, y: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
+def before_activation(dy: Tensor, y: Tensor, act: Activation) -> tuple[Tensor, Tensor]:
     """(dz, z) of y = act(z), in y's type. The slope is taken from y: the rounding of a z that was rebuilt may change its sign."""
     if act.name == "leaky_relu":
         return torch.ops.aten.leaky_relu_backward(dy, y, act.p0, True), F.leaky_relu(y, 1 / act.p0)
@@ -89,7 +98,7 @@ def _over_elements(numbers: Tensor, x: Tensor, scope: str) -> Tensor:
     return numbers.view(x.shape[0], 1, *x.shape[2:])
 
 
-def _centred_input(z: Tensor, weight: Tensor | None, bias: Tensor | None, rstd: Tensor, scope: str) -> Tensor:
+def centred_input(z: Tensor, weight: Tensor | None, bias: Tensor | None, rstd: Tensor, scope: str) -> Tensor:
     """x - mean (of the rms rule: x) in z's type and layout, rounded once: a*z + b, or, where rstd varies along positions, over it."""
     scale = (
         torch.ones((), dtype=rstd.dtype, device=z.device)
@@ -166,15 +175,11 @@ class RebuildNormAct(torch.autograd.Function):
         none = (None,) * 4
         if dy is None:
             return (dh, dh if residual_mode == PRE_NORM else None, None, None, *none)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "memory_efficient=True keeps no x to differentiate a second time, got a backward with create_graph=True; build the layer"
-                " with memory_efficient=False"
-            )
+        check_once()
         if residual_mode != PRE_NORM:
             dh = None
-        dz, z = _before_activation(dy, y, Activation(act, p0, p1))
-        x = _centred_input(z, weight, bias, rstd, scope)
+        dz, z = before_activation(dy, y, Activation(act, p0, p1))
+        x = centred_input(z, weight, bias, rstd, scope)
         static = (*ctx.static[:6], "identity", 0.0, 0.0, residual_mode, backend)
         mean = torch.zeros_like(rstd) if rule != RMS else rstd.new_empty(0)
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]

@@ -31,6 +31,7 @@ def sync_batch_norm_act(
     residual_mode: str = PRE_ACT,
     num_batches_tracked: Tensor | None = None,
     backend: str | None = None,
+    memory_efficient: bool = False,
     process_group: Any = None,
 ) -> Tensor:
     r"""`batch_norm_act` with the statistics of the batches of all processes of a group, as if they were one batch.
@@ -64,7 +65,7 @@ def sync_batch_norm_act(
     if group is None:
         return batch_norm_act(
             x, running_mean, running_var, weight, bias, training, momentum, eps, act=act, act_param=act_param, residual=residual,
-            residual_mode=residual_mode, num_batches_tracked=num_batches_tracked, backend=backend,
+            residual_mode=residual_mode, num_batches_tracked=num_batches_tracked, backend=backend, memory_efficient=memory_efficient,
         )  # fmt: skip
     checks.floating(op, x)
     check_batch_norm(op, x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
@@ -78,7 +79,7 @@ def sync_batch_norm_act(
     y: Tensor = call(
         op, x, weight, bias, CHANNEL, STANDARD, 1, eps, act, act_param, residual, residual_mode, backend,
         running_mean=running_mean, running_var=running_var, counter=num_batches_tracked, momentum=momentum,
-        run=partial(distributed.norm_act, group=group),
+        run=partial(distributed.norm_act, group=group, keeps_y=memory_efficient),
     )  # fmt: skip
     return y
 
@@ -91,6 +92,7 @@ class SyncBatchNormAct(_BatchNormAct):
             its order. ``process_group=None`` (default) synchronizes all processes.
         act: None (default), a name, ``(name, parameters)``, a torch activation module, or any callable (composed, not fused).
         residual_mode: ``"pre_act"`` (default) or ``"post_act"``; where ``forward(input, residual)`` adds its second argument.
+        memory_efficient: as in `batch_norm_act`; the first training forward raises where a weight is too near 0.
         backend: None (default: the selected one) or a backend's name, for this layer alone.
 
     Shape: (N, C, \*) in and out, at least 2 dimensions. State dict: that of ``torch.nn.SyncBatchNorm`` and ``torch.nn.BatchNorm*``.
@@ -116,11 +118,12 @@ class SyncBatchNormAct(_BatchNormAct):
         bias: bool = True,
         act: ActivationLike = None,
         residual_mode: str = PRE_ACT,
+        memory_efficient: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
-            bias=bias, act=act, residual_mode=residual_mode, backend=backend,
+            bias=bias, act=act, residual_mode=residual_mode, memory_efficient=memory_efficient, backend=backend,
         )  # fmt: skip
         self.process_group = process_group
 
@@ -140,7 +143,7 @@ class SyncBatchNormAct(_BatchNormAct):
         made = cls(
             layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats, process_group, "meta",
             act=getattr(layer, "act", None), residual_mode=getattr(layer, "residual_mode", PRE_ACT),
-            backend=getattr(layer, "backend", None),
+            memory_efficient=getattr(layer, "memory_efficient", False), backend=getattr(layer, "backend", None),
         )  # fmt: skip
         made._parameters.update(layer._parameters)
         made._buffers.update(layer._buffers)
@@ -166,7 +169,9 @@ class SyncBatchNormAct(_BatchNormAct):
         running_mean, running_var, counter, momentum, batch_statistics = self._statistics()
         # deferred initialization tries a layer out on meta, where there is nothing to exchange
         run = partial(sync_batch_norm_act, process_group=self.process_group) if self.training and not input.is_meta else batch_norm_act
+        weight, bias = own(self, "weight"), own(self, "bias")
         return run(
-            input, running_mean, running_var, own(self, "weight"), own(self, "bias"), batch_statistics, momentum, self.eps,
+            input, running_mean, running_var, weight, bias, batch_statistics, momentum, self.eps,
             act=self.act, residual=residual, residual_mode=self.residual_mode, num_batches_tracked=counter, backend=self.backend,
+            memory_efficient=self._keeps_y(input, weight, bias),
         )  # fmt: skip

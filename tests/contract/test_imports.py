@@ -15,7 +15,7 @@ ROOT = Path(normfused.__file__).parent
 ALLOWED = {
     "norms": {"activations", "checks", "dispatch", "distributed", "norms", "ops", "problem", "rebuild"},
     "rebuild": {"activations", "backends", "dispatch", "ops", "problem"},
-    "distributed": {"activations", "backends", "dispatch", "ops", "problem"},
+    "distributed": {"activations", "backends", "dispatch", "ops", "problem", "rebuild"},
     "ops": {"activations", "backends", "dispatch", "problem"},
     "dispatch": {"backends"},
     "backends": {"_build", "activations", "backends", "problem"},
