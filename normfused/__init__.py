@@ -16,6 +16,7 @@ from .norms.group_norm import GroupNormAct
 from .norms.instance_norm import InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d
 from .norms.layer_norm import LayerNormAct
 from .norms.rms_norm import RMSNormAct
+from .norms.sync_batch_norm import SyncBatchNormAct
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "LayerNormAct",
     "RMSNormAct",
     "ShapeError",
+    "SyncBatchNormAct",
     "available_backends",
     "backend",
     "define_norm",

@@ -18,6 +18,8 @@ _PATHS = {
     "fused": "the backend's kernels; saves x and the moments",
     "composite": "ATen's own kernels, differentiable",
     "slices": "moments -> the rule in PyTorch -> apply",
+    "rebuilt": "the backend's kernels; saves y and a number a set, rebuilds x in the backward",
+    "synchronized": "moments -> what the processes know together -> apply",
 }
 
 
@@ -37,6 +39,7 @@ class Explanation:
     saved_bytes: int
     input_bytes: int
     plan: tuple[str, ...] = ()
+    near_zero: int | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -45,6 +48,11 @@ class Explanation:
             + (f", residual {self.residual_mode}" if self.residual_mode else ""),
             f"  saved for the backward beside x and parameters: {self.saved_bytes:,} bytes (x: {self.input_bytes:,})",
         ]
+        if self.near_zero is not None:
+            lines.append(
+                f"  weights too near 0 to rebuild x: {self.near_zero:,} so far (channels, summed over the training forwards)"
+                + ("; their gradients cannot be relied on" if self.near_zero else "")
+            )
         lines += [f"  {line}" for line in self.plan]
         if self.composed:
             lines.append(f"  {self.composed} is not one of the fused activations: composed after the norm, an extra pass over memory")
@@ -116,6 +124,7 @@ def explain(layer_or_function: nn.Module | Callable[..., Any], x: Tensor, *args:
         sum(saved.values()),
         x.numel() * x.element_size(),
         _plan(backend, p),
+        int(layer_or_function.near_zero) if getattr(layer_or_function, "memory_efficient", False) else None,  # type: ignore[union-attr, arg-type]
     )
 
 

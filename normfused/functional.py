@@ -7,6 +7,7 @@ from .norms.group_norm import group_norm_act
 from .norms.instance_norm import instance_norm_act
 from .norms.layer_norm import layer_norm_act
 from .norms.rms_norm import rms_norm_act
+from .norms.sync_batch_norm import sync_batch_norm_act
 
 __all__ = [
     "batch_norm_act",
@@ -16,4 +17,5 @@ __all__ = [
     "instance_norm_act",
     "layer_norm_act",
     "rms_norm_act",
+    "sync_batch_norm_act",
 ]

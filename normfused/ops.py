@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from .problem import (
     layout_of,
 )
 
-__all__ = ["NormAct", "SliceNormAct", "norm_act", "slice_norm_act"]
+__all__ = ["NormAct", "SliceNormAct", "norm_act", "slice_norm_act", "without_autocast"]
 
 _ACT = "str act, float p0, float p1, str? residual_mode, str backend"
 _STATIC = f"str scope, str rule, int groups, bool batch_statistics, float eps, float? momentum, {_ACT}"
@@ -171,13 +171,19 @@ def _run_forward(
     return found
 
 
-def _z_source(p: Problem, backend: str, steps: bool = False) -> str | None:
-    """What the backward needs beside x to know act'(z): None, ``"y"``, ``"residual"`` or the ``"mask"`` that some kernels leave."""
-    if p.z_source is None:
+def step_z_source(act: Activation, dtype: torch.dtype, residual_mode: str | None, backend: str) -> str | None:
+    """What the backward of the steps needs beside x to know act'(z): None, ``"y"`` or ``"residual"``."""
+    if residual_mode != PRE_ACT or act.name == "identity":
         return None
-    if backend in ("cuda", "triton") and not steps and p.act.has_two_slopes and dispatch.load(backend).mask_bytes(p):
+    return "y" if backend != "cuda" and act.derivative_from_y(dtype) else "residual"
+
+
+def _z_source(p: Problem, backend: str) -> str | None:
+    """The same of a whole norm, which may leave a ``"mask"``."""
+    source = step_z_source(p.act, p.dtype, p.residual_mode, backend)
+    if source and backend in ("cuda", "triton") and p.act.has_two_slopes and dispatch.load(backend).mask_bytes(p):
         return "mask"
-    return "residual" if backend == "cuda" else p.z_source
+    return source
 
 
 def _norm_act_backward(
@@ -387,7 +393,31 @@ def _operator(real: Any, overload: Any, x: Tensor) -> Any:
     return overload if _traced(x) else real
 
 
-def _apply_function(function: Any, *arguments: Any) -> Any:
+def moments(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of every (n, c) of a dense x, (N, C); as the next three, one of the backend's steps."""
+    mean, var = _operator(_moments, _ops.moments, x)(x, backend)
+    return mean, var
+
+
+def apply(x: Tensor, *call: Any) -> Tensor:
+    """y; arguments as in the schema."""
+    y: Tensor = _operator(_apply, _ops.apply, x)(x, *call)
+    return y
+
+
+def grad_moments(dy: Tensor, x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum_dz, sum_dz_xc, gradient of act_weight or empty); arguments as in the schema."""
+    sum_dz, sum_dz_xc, dact_weight = _operator(_grad_moments, _ops.grad_moments, x)(dy, x, *call)
+    return sum_dz, sum_dz_xc, dact_weight
+
+
+def grad_apply(dy: Tensor, x: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+    """(dx, dresidual), empty where not needed; arguments as in the schema."""
+    dx, dresidual = _operator(_grad_apply, _ops.grad_apply, x)(dy, x, *call)
+    return dx, dresidual
+
+
+def apply_function(function: Any, *arguments: Any) -> Any:
     """Function.apply without the signature binding that setup_context costs it (40 us against 6, measured)."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*arguments)
@@ -450,7 +480,7 @@ class NormAct(torch.autograd.Function):
         if dy is None:  # only h, or nothing, was used
             return (dh, dh, None, None, None, None, *none)
         if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or (static[-1] == "torch" and _recomputes(x)):
-            return (*_differentiable_backward(dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, static, needs), *none)
+            return (*differentiable_backward(dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, static, needs), *none)
         dresidual = None
         own_residual = residual_mode == PRE_ACT and needs[1]
         if residual_mode == POST_ACT or (own_residual and static[6] == "identity"):
@@ -490,14 +520,14 @@ def _forward_recomputed(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple
     return y, mean, (running_var.to(torch.float32) + eps).rsqrt(), empty
 
 
-def _own_node(t: Tensor | None, connected: bool) -> Tensor | None:
+def own_node(t: Tensor | None, connected: bool) -> Tensor | None:
     """t as a graph node of its own, so that a gradient with respect to it does not run on through what t depends on."""
     if t is None:
         return None
     return t.view_as(t) if connected and t.requires_grad else t.detach().requires_grad_()
 
 
-def _differentiable_backward(
+def differentiable_backward(
     dy: Tensor,
     dh: Tensor | None,
     x: Tensor,
@@ -508,7 +538,7 @@ def _differentiable_backward(
     eps_weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    static: list[Any],
+    static: Sequence[Any],
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The backward as differentiable operations: the vector-Jacobian product of the composite, recomputed from what was saved."""
@@ -540,7 +570,7 @@ def _differentiable_backward(
         epilogue_mode = None
     inputs: list[Tensor | None] = [x, z_source if epilogue_mode == PRE_ACT else None, weight, bias, act_weight, eps_weight]
     with torch.enable_grad():
-        leaves = [_own_node(t, create_graph) for t in inputs]
+        leaves = [own_node(t, create_graph) for t in inputs]
         xl, rl, wl, bl, al, el = leaves
         assert xl is not None
         xw = xl.to(wide)  # its gradient is taken, so that dh joins it before the one rounding
@@ -566,22 +596,30 @@ def _differentiable_backward(
     return (dx, dresidual, *gradients[2:])
 
 
-def _see_through() -> bool:
+def see_through() -> bool:
     """Whether something must see through the norm: a functorch transform, forward-mode AD, export."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting()
 
 
-def norm_act(x: Tensor, *call: Any) -> tuple[Tensor, Tensor | None]:
-    """(y, h) of a checked call, with the arguments of `_norm_act_any`: the one door to every backend."""
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        # "keep": the composite must not be upcast behind our back; policy "torch" has cast before it came here
-        with torch.autocast(kind, enabled=False):
-            return _norm_act_any(x, *call)
-    return _norm_act_any(x, *call)
+def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run(x, ...)`` that autocast does not reach.
+
+    "keep": ATen's operations must not be upcast behind our back; policy "torch" has cast before it came here.
+    """
+
+    @wraps(run)
+    def norm_act(x: Tensor, *call: Any, **more: Any) -> Any:
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return run(x, *call, **more)
+        return run(x, *call, **more)
+
+    return norm_act
 
 
-def _norm_act_any(
+@without_autocast
+def norm_act(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -602,7 +640,10 @@ def _norm_act_any(
     backend: str | None,
     normalized_shape: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """x is (N, C, *), or, with ``normalized_shape``, of any shape that ends in it (scope position)."""
+    """(y, h) of a checked call: the one door to every backend.
+
+    x is (N, C, *), or, with ``normalized_shape``, of any shape that ends in it (scope position).
+    """
     name = dispatch.choose(x.device.type, x.dtype, backend)
     if trace is not None:
         trace.append((name, path(x, name, scope, rule, groups), scope, rule, act, residual_mode, None))
@@ -629,7 +670,7 @@ def _norm_act_any(
     p = None if _traced(x) else _problem_of(x, *static[:-1])
     if trace is not None:
         trace[-1] = (*trace[-1][:-1], p)
-    y, _, _, h = _apply_function(
+    y, _, _, h = apply_function(
         NormAct, x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, static, p
     )  # fmt: skip
     if normalized_shape is not None:
@@ -645,7 +686,7 @@ _CHANNELS_LAST_ELEMENTS = 65536
 
 def path(x: Tensor, backend: str, scope: str, rule: str, groups: int) -> str:
     """``"fused"`` or ``"composite"`` (module docstring); also what `explain` reports."""
-    if _see_through() or x.device.type == "meta":
+    if see_through() or x.device.type == "meta":
         return "composite"
     if backend != "torch":
         return "fused"
@@ -698,16 +739,16 @@ class SliceNormAct(torch.autograd.Function):
         rule: Rule, x: Tensor, residual: Tensor | None, act_weight: Tensor | None, act: str, p0: float, p1: float,
         residual_mode: str | None, backend: str, *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        mean, var = _operator(_moments, _ops.moments, x)(x, backend)
+        mean, var = moments(x, backend)
         scale, shift = _coefficients(rule, mean, var, parameters)
-        y = _operator(_apply, _ops.apply, x)(x, residual, scale, shift, act_weight, act, p0, p1, residual_mode, backend)
+        y = apply(x, residual, scale, shift, act_weight, act, p0, p1, residual_mode, backend)
         return y, mean, var, scale, shift
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         rule, x, residual, act_weight, act, p0, p1, residual_mode, backend, *parameters = inputs
         y, mean, var, scale, shift = output
-        source = _z_source(_slices(x, act, p0, p1, residual_mode), backend, steps=True)
+        source = step_z_source(_activation(act, p0, p1), x.dtype, residual_mode, backend)
         z_source = {None: None, "y": y, "residual": residual}[source]
         ctx.rule, ctx.static = rule, (act, p0, p1, residual_mode, backend)
         ctx.set_materialize_grads(False)
@@ -724,9 +765,7 @@ class SliceNormAct(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable_slice_backward(ctx.rule, dy, x, z_source, act_weight, parameters, ctx.static, needs)
         act, _, _, residual_mode, _ = ctx.static
-        sum_dz, sum_dz_xc, dact_weight = _operator(_grad_moments, _ops.grad_moments, x)(
-            dy, x, z_source, mean, scale, shift, act_weight, *ctx.static
-        )
+        sum_dz, sum_dz_xc, dact_weight = grad_moments(dy, x, z_source, mean, scale, shift, act_weight, *ctx.static)
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (mean, var, *parameters)]
             coefficients = _coefficients(ctx.rule, leaves[0], leaves[1], leaves[2:])
@@ -742,7 +781,7 @@ class SliceNormAct(torch.autograd.Function):
         zero = torch.zeros_like(mean)
         dmean, dvar = (zero if g is None else g for g in gradients[:2])
         own_residual = residual_mode == PRE_ACT and needs[2] and act != "identity"
-        dx, dresidual = _operator(_grad_apply, _ops.grad_apply, x)(
+        dx, dresidual = grad_apply(
             dy,
             x,
             z_source,
@@ -791,22 +830,31 @@ def _composite_slices(
     return composite.activate_add(z, residual, act, act_weight, residual_mode).to(x.dtype)
 
 
+def epilogue_to_redo(
+    dy: Tensor, z_source: Tensor | None, dtype: torch.dtype, static: tuple[Any, ...]
+) -> tuple[Activation, Tensor, Tensor | None, str | None]:
+    """What a differentiable backward over the steps recomputes of activation and residual.
+
+    (activation, gradient behind it, gradient of the residual, residual mode); where y tells the derivative, or the residual comes
+    last, nothing of the residual is.
+    """
+    name, p0, p1, residual_mode, backend = static
+    act = Activation(name, p0, p1)
+    if residual_mode == POST_ACT:
+        return act, dy, dy, None
+    if residual_mode == PRE_ACT and step_z_source(act, dtype, residual_mode, backend) != "residual":
+        dz = dy if z_source is None else grad_activate_from_y(dy, z_source, act)
+        return Activation("identity"), dz, dz, None
+    return act, dy, None, residual_mode
+
+
 def _differentiable_slice_backward(
     rule: Rule, dy: Tensor, x: Tensor, z_source: Tensor | None, act_weight: Tensor | None, parameters: Any, static: Any, needs: Any
 ) -> tuple[Tensor | None, ...]:
-    name, p0, p1, residual_mode, backend = static
-    act, dresidual, upstream, mode = Activation(name, p0, p1), None, dy, None
-    source = _z_source(_slices(x, name, p0, p1, residual_mode), backend, steps=True)
-    if residual_mode == POST_ACT:
-        dresidual = dy
-    elif residual_mode == PRE_ACT and source in (None, "y"):
-        dresidual = upstream = dy if z_source is None else grad_activate_from_y(dy, z_source, act)
-        act = Activation("identity")
-    elif residual_mode == PRE_ACT:
-        mode = PRE_ACT
+    act, upstream, dresidual, mode = epilogue_to_redo(dy, z_source, x.dtype, static)
     inputs = [x, z_source if mode else None, act_weight, *parameters]
     with torch.enable_grad():
-        leaves = [_own_node(t, True) for t in inputs]
+        leaves = [own_node(t, True) for t in inputs]
         xl, rl, al, *pl = leaves
         assert xl is not None
         y = _composite_slices(rule, xl, rl, al, act, mode, pl)
@@ -836,7 +884,7 @@ def slice_norm_act(
         for t in parameters:
             y = y + (t.sum() * 0).to(y.dtype)
         return y, None, None
-    if _see_through() or torch.compiler.is_compiling() or x.device.type == "meta":
+    if see_through() or torch.compiler.is_compiling() or x.device.type == "meta":
         y = _composite_slices(rule, x, residual, act_weight, act, residual_mode, parameters)
         with torch.no_grad():
             wide = x.detach().to(accumulation_dtype(x.dtype)).flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)
@@ -845,7 +893,7 @@ def slice_norm_act(
     x = _operand(x, layout, name)
     if residual is not None:
         residual = _operand(residual, layout, name)
-    y, mean, var, _, _ = _apply_function(
+    y, mean, var, _, _ = apply_function(
         SliceNormAct, rule, x, residual, act_weight, act.name, act.p0, act.p1, residual_mode, name, *parameters
     )
     return y, mean, var

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import checks, dispatch, ops
+from .. import checks, dispatch, ops, rebuild
 from ..activations import IDENTITY, Activation, ActivationLike, Composed, from_module, module_of, parse, weight_of
 from ..problem import POST_ACT, PRE_ACT, PRE_NORM
 
@@ -92,8 +92,13 @@ def call(
     batch_statistics: bool = True,
     momentum: float | None = 0.0,
     normalized_shape: tuple[int, ...] | None = None,
+    memory_efficient: bool = False,
+    run: Callable[..., tuple[Tensor, Tensor | None]] = ops.norm_act,
 ) -> Any:
-    """Run a checked norm on x (N, C, *), or, with ``normalized_shape``, over trailing dimensions; (y, h) in pre_norm mode, else y."""
+    """Run a checked norm on x (N, C, *), or, with ``normalized_shape``, over trailing dimensions; (y, h) in pre_norm mode, else y.
+
+    ``run`` has the arguments of `ops.norm_act`, as has `rebuild.norm_act`, which keeps y for the backward.
+    """
     channels = x.shape[1] if normalized_shape is None else math.prod(normalized_shape)
     fused, act_weight, composed = (IDENTITY, None, None) if act is None else resolve_act(op, act, act_param, x, channels)
     if residual_mode not in modes:
@@ -105,7 +110,10 @@ def call(
     added_after = None
     if composed is not None and mode == POST_ACT:
         added_after, residual, mode = residual, None, None
-    y, h = ops.norm_act(
+    if memory_efficient:
+        rebuild.check(op, fused, x.dtype, mode)
+        run = rebuild.norm_act
+    y, h = run(
         x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
         scope, rule, groups, batch_statistics, eps, momentum, fused, mode, backend, normalized_shape,
     )  # fmt: skip
@@ -130,6 +138,7 @@ class NormActMixin:
     act: nn.Module | None
     residual_mode: str
     backend: str | None
+    memory_efficient: bool = False
 
     def _init_act(
         self,
@@ -142,6 +151,7 @@ class NormActMixin:
         *,
         bias: bool = True,
         modes: tuple[str, ...] = RESIDUAL_MODES,
+        memory_efficient: bool = False,
     ) -> None:
         module = cast(nn.Module, self)
         name = type(self).__name__
@@ -153,6 +163,13 @@ class NormActMixin:
         if not bias:
             # torch has bias= for these layers from 2.13 on; this is the same on every version
             module.register_parameter("bias", None)
+        if memory_efficient:
+            fused = parse(act)
+            if isinstance(fused, Activation):  # a callable that is composed comes after what is kept
+                rebuild.check_activation(name, fused)
+            self.memory_efficient = True
+            # channels whose weight was too near 0, summed over training forwards; no part of a checkpoint
+            module.register_buffer("near_zero", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self.act = module_of(act, channels, device, dtype)
         self.residual_mode = residual_mode
         self.backend = backend
@@ -162,10 +179,44 @@ class NormActMixin:
         reset_running_stats: Callable[[], None] | None = getattr(self, "reset_running_stats", None)
         if reset_running_stats is not None:
             reset_running_stats()
+        if self.memory_efficient:
+            cast(Tensor, self.near_zero).zero_()  # type: ignore[attr-defined]
         if getattr(self, "weight", None) is not None:
             nn.init.ones_(cast(Tensor, self.weight))  # type: ignore[attr-defined]
         if getattr(self, "bias", None) is not None:
             nn.init.zeros_(cast(Tensor, self.bias))  # type: ignore[attr-defined]
+
+    def _keeps_y(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """``memory_efficient``, having looked whether the weights allow it: on the host at the first training forward, where they do
+        not raise a ValueError by the layer's name, and after that by a count on the device, which `explain` shows."""
+        if not self.memory_efficient:
+            return False
+        module = cast(nn.Module, self)
+        if weight is None or not module.training or not torch.is_grad_enabled() or x.is_meta:
+            return True
+        with torch.no_grad():
+            near = rebuild.too_near_zero(weight, bias, x.dtype)
+            captured = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+            if not (captured or self._looked_at_weights):
+                self._raise_if_any(near, weight, bias, x.dtype)
+                self._looked_at_weights = True
+            cast(Tensor, module.near_zero).add_(near.sum())
+        return True
+
+    _looked_at_weights = False
+
+    def _raise_if_any(self, near: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        found = near.flatten().nonzero().flatten()
+        if found.numel():
+            first = int(found[0])
+            values = f"weight {float(weight.flatten()[first]):.3g}"
+            if bias is not None:
+                values += f" and bias {float(bias.flatten()[first]):.3g}"
+            raise ValueError(
+                f"{type(self).__name__}({self.extra_repr()}): memory_efficient=True finds x from y as (y - bias)/weight, so the weight must"
+                f" not be near 0 beside {str(dtype).removeprefix('torch.')}'s rounding of y, got {values} in channel {first} (and"
+                f" {found.numel() - 1} more of {near.numel()}); initialize it otherwise or use memory_efficient=False"
+            )
 
     def extra_repr(self) -> str:
         own = ["fused"]
@@ -179,6 +230,8 @@ class NormActMixin:
             )
         if self.residual_mode != PRE_ACT:
             own.append(f"residual_mode={self.residual_mode}")
+        if self.memory_efficient:
+            own.append("memory_efficient")
         if self.backend not in (None, "auto"):
             own.append(f"backend={self.backend}")
         return ", ".join([super().extra_repr(), *own])  # type: ignore[misc]

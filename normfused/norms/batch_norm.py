@@ -28,6 +28,7 @@ def batch_norm_act(
     residual_mode: str = PRE_ACT,
     num_batches_tracked: Tensor | None = None,
     backend: str | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     r"""Batch norm, activation and residual add in one operation.
 
@@ -50,6 +51,8 @@ def batch_norm_act(
         residual_mode: ``"pre_act"`` (default) adds it before the activation, ``"post_act"`` after.
         num_batches_tracked: int64 scalar, incremented in training; read on its device.
         backend: overrides the selected backend for this call.
+        memory_efficient: keep y, not x, for the backward and rebuild x from it (default False): identity, leaky_relu and softplus only,
+            no residual before y, no double backward; weights must not be near 0. See `normfused.rebuild` and docs/memory.md.
 
     Returns:
         Tensor like x, in x's memory format.
@@ -67,6 +70,30 @@ def batch_norm_act(
     checks.floating(op, x)
     if x.dim() == 1 and x.numel() == 0:  # torch takes an empty vector for an empty batch
         return x.clone()
+    check_batch_norm(op, x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
+    if training:
+        checks.more_than_one_value(op, x)
+    y: Tensor = call(
+        op, x, weight, bias, CHANNEL, STANDARD, 1, eps, act, act_param, residual, residual_mode, backend,
+        running_mean=running_mean, running_var=running_var, counter=num_batches_tracked if training else None,
+        batch_statistics=training, momentum=momentum, memory_efficient=memory_efficient,
+    )  # fmt: skip
+    return y
+
+
+def check_batch_norm(
+    op: str,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    counter: Tensor | None,
+) -> None:
+    """What holds of one process and of many; how many values there must be is for the caller to say."""
     checks.min_dim(op, x, 2)
     channels = x.shape[1]
     checks.eps(op, eps, positive=training)
@@ -79,23 +106,16 @@ def batch_norm_act(
     if running_var is not None:
         checks.parameter(op, "running_var", running_var, x, channels)
     if training:
-        checks.more_than_one_value(op, x)
         if (running_mean is None) != (running_var is None):
             raise checks.ArgumentError(
                 f"{op}: running_mean and running_var must both be given or both be None, got {_which(running_mean, running_var)}"
             )
-        if momentum is None and running_mean is not None and num_batches_tracked is None:
+        if momentum is None and running_mean is not None and counter is None:
             raise ValueError(f"{op}: momentum=None averages over all batches and needs num_batches_tracked, got None")
     elif running_mean is None or running_var is None:
         raise checks.ArgumentError(
             f"{op}: running_mean and running_var must be given when training=False, got {_which(running_mean, running_var)}"
         )
-    y: Tensor = call(
-        op, x, weight, bias, CHANNEL, STANDARD, 1, eps, act, act_param, residual, residual_mode, backend,
-        running_mean=running_mean, running_var=running_var, counter=num_batches_tracked if training else None,
-        batch_statistics=training, momentum=momentum,
-    )  # fmt: skip
-    return y
 
 
 def _which(running_mean: Tensor | None, running_var: Tensor | None) -> str:
@@ -118,18 +138,18 @@ class _BatchNormAct(NormActMixin, nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         act: ActivationLike = None,
         residual_mode: str = PRE_ACT,
+        memory_efficient: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self._init_act(num_features, act, residual_mode, backend, device, dtype, bias=bias)
+        self._init_act(num_features, act, residual_mode, backend, device, dtype, bias=bias, memory_efficient=memory_efficient)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        training = self.training
+    def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float | None, bool]:
+        """(running mean, running var, counter, momentum, whether the batch's statistics are used) of this call."""
         running_mean, running_var = self._buffers["running_mean"], self._buffers["running_var"]
-        batch_statistics = training or (running_mean is None and running_var is None)
+        batch_statistics = self.training or (running_mean is None and running_var is None)
         counter, momentum = None, self.momentum
-        if training:
+        if self.training:
             if self.track_running_stats:
                 counter = self._buffers["num_batches_tracked"]
             else:
@@ -138,10 +158,16 @@ class _BatchNormAct(NormActMixin, nn.modules.batchnorm._BatchNorm):
                 momentum = 0.0  # as torch: nothing to average over
         elif batch_statistics:
             running_mean = running_var = None
+        return running_mean, running_var, counter, momentum, batch_statistics
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        running_mean, running_var, counter, momentum, batch_statistics = self._statistics()
         weight, bias = own(self, "weight"), own(self, "bias")
         return batch_norm_act(
             input, running_mean, running_var, weight, bias, batch_statistics, momentum, self.eps,
             act=self.act, residual=residual, residual_mode=self.residual_mode, num_batches_tracked=counter, backend=self.backend,
+            memory_efficient=self._keeps_y(input, weight, bias),
         )  # fmt: skip
 
 
@@ -151,6 +177,7 @@ _DOC = r"""`torch.nn.BatchNorm{d}d` with a fused activation and residual add; se
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as `torch.nn.BatchNorm{d}d`.
         act: None (default), a name, ``(name, parameters)``, a torch activation module, or any callable (composed, not fused).
         residual_mode: ``"pre_act"`` (default) or ``"post_act"``; where ``forward(input, residual)`` adds its second argument.
+        memory_efficient: as in `batch_norm_act`; the first training forward raises where a weight is too near 0.
         backend: None (default: the selected one) or a backend's name, for this layer alone.
 
     Shape: {shape} in and out. State dict: torch's names and shapes, interchangeable both ways; ``act`` adds its own, if any.

@@ -24,6 +24,7 @@ def group_norm_act(
     residual: Tensor | None = None,
     residual_mode: str = PRE_ACT,
     backend: str | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     r"""Group norm, activation and residual add in one operation, channels_last kept.
 
@@ -37,7 +38,7 @@ def group_norm_act(
         num_groups: G, divides C.
         weight, bias: (C,) or None, x's type or float32.
         eps: default 1e-5. Like torch's function this one does not refuse a negative eps (NaN where the sum is negative); the layer does.
-        act, act_param, residual, residual_mode, backend: as in `batch_norm_act`.
+        act, act_param, residual, residual_mode, backend, memory_efficient: as in `batch_norm_act`.
 
     Returns:
         Tensor like x, in x's memory format.
@@ -65,7 +66,8 @@ def group_norm_act(
         )
     x, weight, bias, act_param, residual = upcast(x, weight, bias, act_param, residual)  # type: ignore[assignment]
     y: Tensor = call(
-        op, x, weight, bias, SAMPLE_GROUP, STANDARD, num_groups, eps, act, act_param, residual, residual_mode, backend
+        op, x, weight, bias, SAMPLE_GROUP, STANDARD, num_groups, eps, act, act_param, residual, residual_mode, backend,
+        memory_efficient=memory_efficient,
     )  # fmt: skip
     return y
 
@@ -77,6 +79,7 @@ class GroupNormAct(NormActMixin, nn.GroupNorm):
         num_groups, num_channels, eps, affine, device, dtype, bias: as `torch.nn.GroupNorm`, in its order.
         act: None (default), a name, ``(name, parameters)``, a torch activation module, or any callable (composed, not fused).
         residual_mode: ``"pre_act"`` (default) or ``"post_act"``; where ``forward(input, residual)`` adds its second argument.
+        memory_efficient: as in `batch_norm_act`; the first training forward raises where a weight is too near 0.
         backend: None (default: the selected one) or a backend's name, for this layer alone.
 
     Shape: (N, C, \*) in and out. State dict: torch's names and shapes, interchangeable both ways.
@@ -96,15 +99,18 @@ class GroupNormAct(NormActMixin, nn.GroupNorm):
         bias: bool = True,
         act: ActivationLike = None,
         residual_mode: str = PRE_ACT,
+        memory_efficient: bool = False,
         backend: str | None = None,
     ) -> None:
         if num_groups <= 0 or num_channels % num_groups:
             raise ValueError(f"GroupNormAct: num_channels ({num_channels}) must be divisible by num_groups ({num_groups})")
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
-        self._init_act(num_channels, act, residual_mode, backend, device, dtype, bias=bias)
+        self._init_act(num_channels, act, residual_mode, backend, device, dtype, bias=bias, memory_efficient=memory_efficient)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        weight, bias = self.weight, self.bias
         return group_norm_act(
-            input, self.num_groups, self.weight, self.bias, self.eps,
+            input, self.num_groups, weight, bias, self.eps,
             act=self.act, residual=residual, residual_mode=self.residual_mode, backend=self.backend,
+            memory_efficient=self._keeps_y(input, weight, bias),
         )  # fmt: skip

@@ -29,6 +29,7 @@ def instance_norm_act(
     residual_mode: str = PRE_ACT,
     num_batches_tracked: Tensor | None = None,
     backend: str | None = None,
+    memory_efficient: bool = False,
 ) -> Tensor:
     r"""Instance norm, activation and residual add in one operation, channels_last kept.
 
@@ -43,7 +44,7 @@ def instance_norm_act(
         running_mean, running_var, weight, bias: (C,) or None, x's type or float32.
         use_input_stats: default True. momentum: default 0.1; None averages over all calls and needs ``num_batches_tracked``.
         eps: default 1e-5, >= 0.
-        act, act_param, residual, residual_mode, num_batches_tracked, backend: as in `batch_norm_act`.
+        act, act_param, residual, residual_mode, num_batches_tracked, backend, memory_efficient: as in `batch_norm_act`.
 
     Returns:
         Tensor like x, in x's memory format. An empty batch returns an empty tensor.
@@ -81,7 +82,7 @@ def instance_norm_act(
         op, x, weight, bias, SAMPLE_GROUP if use_input_stats else CHANNEL, STANDARD, channels if use_input_stats else 1,
         eps, act, act_param, residual, residual_mode, backend,
         running_mean=running_mean, running_var=running_var, counter=num_batches_tracked if use_input_stats else None,
-        batch_statistics=use_input_stats, momentum=momentum,
+        batch_statistics=use_input_stats, momentum=momentum, memory_efficient=memory_efficient,
     )  # fmt: skip
     return y
 
@@ -100,10 +101,11 @@ class _InstanceNormAct(NormActMixin, nn.modules.instancenorm._InstanceNorm):
         bias: bool = True,
         act: ActivationLike = None,
         residual_mode: str = PRE_ACT,
+        memory_efficient: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]
-        self._init_act(num_features, act, residual_mode, backend, device, dtype, bias=bias)
+        self._init_act(num_features, act, residual_mode, backend, device, dtype, bias=bias, memory_efficient=memory_efficient)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -125,9 +127,11 @@ class _InstanceNormAct(NormActMixin, nn.modules.instancenorm._InstanceNorm):
         momentum = 0.0 if self.momentum is None and counter is None else self.momentum
         if unbatched:
             input, residual = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+        weight, bias = self.weight, self.bias
         y = instance_norm_act(
-            input, self.running_mean, self.running_var, self.weight, self.bias, use_input_stats, momentum, self.eps,
+            input, self.running_mean, self.running_var, weight, bias, use_input_stats, momentum, self.eps,
             act=self.act, residual=residual, residual_mode=self.residual_mode, num_batches_tracked=counter, backend=self.backend,
+            memory_efficient=self._keeps_y(input, weight, bias),
         )  # fmt: skip
         return y.squeeze(0) if unbatched else y
 
@@ -139,6 +143,7 @@ _DOC = r"""`torch.nn.InstanceNorm{d}d` with a fused activation and residual add;
             `torch.nn.InstanceNorm{d}d`; ``momentum=None`` gives the cumulative average (torch: no update).
         act: None (default), a name, ``(name, parameters)``, a torch activation module, or any callable (composed, not fused).
         residual_mode: ``"pre_act"`` (default) or ``"post_act"``; where ``forward(input, residual)`` adds its second argument.
+        memory_efficient: as in `batch_norm_act`; the first training forward raises where a weight is too near 0.
         backend: None (default: the selected one) or a backend's name, for this layer alone.
 
     Shape: {shape}, or without N, in and out. State dict: torch's names and shapes, interchangeable both ways.

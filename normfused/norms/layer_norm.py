@@ -28,6 +28,7 @@ def over_position(
     residual: Tensor | None,
     residual_mode: str,
     backend: str | None,
+    memory_efficient: bool,
 ) -> Any:
     """Layer and RMS norm: over trailing dimensions as rows of D elements, or over the channels of (N, C, *)."""
     checks.floating(op, x)
@@ -51,7 +52,7 @@ def over_position(
     x, weight, bias, act_param, residual = upcast(x, weight, bias, act_param, residual)  # type: ignore[assignment]
     return call(
         op, x, weight, bias, POSITION, rule, 1, eps, act, act_param, residual, residual_mode, backend,
-        modes=RESIDUAL_MODES_ROWS, normalized_shape=None if over_channels else shape,
+        modes=RESIDUAL_MODES_ROWS, normalized_shape=None if over_channels else shape, memory_efficient=memory_efficient,
     )  # fmt: skip
 
 
@@ -68,6 +69,7 @@ def layer_norm_act(
     residual: Tensor | None = None,
     residual_mode: str = PRE_ACT,
     backend: str | None = None,
+    memory_efficient: bool = False,
 ) -> Any:
     r"""Layer norm, activation and residual add in one operation.
 
@@ -82,7 +84,7 @@ def layer_norm_act(
         weight, bias: of shape ``normalized_shape`` or None, x's type or float32.
         eps: default 1e-5. Like torch's function this one does not refuse a negative eps (NaN where the sum is negative); the layer does.
         dim: -1 (default) or 1.
-        act, act_param, backend: as in `batch_norm_act` (an ``act_param`` of D values lies along the normalized elements).
+        act, act_param, backend, memory_efficient: as in `batch_norm_act` (an ``act_param`` of D values lies along the normalized elements).
         residual: same shape and type as x.
         residual_mode: ``"pre_act"`` (default), ``"post_act"``, or ``"pre_norm"``: h = x + residual is normalized.
 
@@ -97,8 +99,9 @@ def layer_norm_act(
     Reference: Ba, Kiros & Hinton, *Layer Normalization*, arXiv 1607.06450.
     """
     return over_position(
-        "layer_norm_act", STANDARD, x, normalized_shape, weight, bias, eps, dim, act, act_param, residual, residual_mode, backend
-    )
+        "layer_norm_act", STANDARD, x, normalized_shape, weight, bias, eps, dim, act, act_param, residual, residual_mode, backend,
+        memory_efficient,
+    )  # fmt: skip
 
 
 class LayerNormAct(NormActMixin, nn.LayerNorm):
@@ -110,6 +113,7 @@ class LayerNormAct(NormActMixin, nn.LayerNorm):
         dim: -1 (default) for the trailing dimensions, 1 for the channels of (N, C, \*) maps (ConvNeXt).
         residual_mode: ``"pre_act"`` (default), ``"post_act"`` or ``"pre_norm"``; with the last, ``forward(input, residual)``
             returns (y, input + residual), and (y, input) without a residual.
+        memory_efficient: as in `batch_norm_act`, with ``"pre_norm"`` too; the first training forward raises where a weight is too near 0.
         backend: None (default: the selected one) or a backend's name, for this layer alone.
 
     State dict: torch's names and shapes, interchangeable both ways.
@@ -129,6 +133,7 @@ class LayerNormAct(NormActMixin, nn.LayerNorm):
         act: ActivationLike = None,
         dim: int = -1,
         residual_mode: str = PRE_ACT,
+        memory_efficient: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)  # type: ignore[arg-type]
@@ -136,12 +141,14 @@ class LayerNormAct(NormActMixin, nn.LayerNorm):
             raise ValueError(f"LayerNormAct: dim must be -1 (trailing dimensions) or 1 (channels of (N, C, *)), got {dim}")
         self.dim = dim
         channels = math.prod(self.normalized_shape)
-        self._init_act(channels, act, residual_mode, backend, device, dtype, modes=RESIDUAL_MODES_ROWS)
+        self._init_act(channels, act, residual_mode, backend, device, dtype, modes=RESIDUAL_MODES_ROWS, memory_efficient=memory_efficient)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
+        weight, bias = self.weight, self.bias
         return layer_norm_act(
-            input, self.normalized_shape, self.weight, self.bias, self.eps, dim=self.dim,
+            input, self.normalized_shape, weight, bias, self.eps, dim=self.dim,
             act=self.act, residual=residual, residual_mode=self.residual_mode, backend=self.backend,
+            memory_efficient=self._keeps_y(input, weight, bias),
         )  # fmt: skip
 
     def extra_repr(self) -> str:

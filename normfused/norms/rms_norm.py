@@ -27,6 +27,7 @@ def rms_norm_act(
     residual: Tensor | None = None,
     residual_mode: str = PRE_ACT,
     backend: str | None = None,
+    memory_efficient: bool = False,
 ) -> Any:
     r"""RMS norm, activation and residual add in one operation.
 
@@ -36,7 +37,7 @@ def rms_norm_act(
     of a (N, C, \*) map; float32 inside (float64 for float64).
 
     Args:
-        x, normalized_shape, weight, dim, act, act_param, residual, residual_mode, backend: as in `layer_norm_act`.
+        x, normalized_shape, weight, dim, act, act_param, residual, residual_mode, backend, memory_efficient: as in `layer_norm_act`.
         eps: None (default) is the machine epsilon of float32 (of float64 for float64), as in torch.
             Negative values as in `layer_norm_act`.
 
@@ -52,7 +53,10 @@ def rms_norm_act(
     """
     if eps is None:
         eps = torch.finfo(torch.float64 if isinstance(x, Tensor) and x.dtype == torch.float64 else torch.float32).eps
-    return over_position("rms_norm_act", RMS, x, normalized_shape, weight, None, eps, dim, act, act_param, residual, residual_mode, backend)
+    return over_position(
+        "rms_norm_act", RMS, x, normalized_shape, weight, None, eps, dim, act, act_param, residual, residual_mode, backend,
+        memory_efficient,
+    )  # fmt: skip
 
 
 class RMSNormAct(NormActMixin, nn.RMSNorm):
@@ -60,7 +64,7 @@ class RMSNormAct(NormActMixin, nn.RMSNorm):
 
     Args:
         normalized_shape, eps (default None), elementwise_affine, device, dtype: as `torch.nn.RMSNorm`, in its order.
-        act, dim, residual_mode, backend: as in `LayerNormAct`.
+        act, dim, residual_mode, memory_efficient, backend: as in `LayerNormAct`.
 
     State dict: torch's names and shapes, interchangeable both ways.
 
@@ -78,6 +82,7 @@ class RMSNormAct(NormActMixin, nn.RMSNorm):
         act: ActivationLike = None,
         dim: int = -1,
         residual_mode: str = PRE_ACT,
+        memory_efficient: bool = False,
         backend: str | None = None,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)  # type: ignore[arg-type]
@@ -85,12 +90,14 @@ class RMSNormAct(NormActMixin, nn.RMSNorm):
             raise ValueError(f"RMSNormAct: dim must be -1 (trailing dimensions) or 1 (channels of (N, C, *)), got {dim}")
         self.dim = dim
         channels = math.prod(self.normalized_shape)
-        self._init_act(channels, act, residual_mode, backend, device, dtype, modes=RESIDUAL_MODES_ROWS)
+        self._init_act(channels, act, residual_mode, backend, device, dtype, modes=RESIDUAL_MODES_ROWS, memory_efficient=memory_efficient)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
+        weight = self.weight
         return rms_norm_act(
-            input, self.normalized_shape, self.weight, self.eps, dim=self.dim,
+            input, self.normalized_shape, weight, self.eps, dim=self.dim,
             act=self.act, residual=residual, residual_mode=self.residual_mode, backend=self.backend,
+            memory_efficient=self._keeps_y(input, weight, None),
         )  # fmt: skip
 
     def extra_repr(self) -> str:

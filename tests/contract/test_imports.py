@@ -13,7 +13,9 @@ import normfused
 ROOT = Path(normfused.__file__).parent
 # what each part may import from the package; a part not named here is the public surface and may import anything
 ALLOWED = {
-    "norms": {"activations", "checks", "dispatch", "norms", "ops", "problem"},
+    "norms": {"activations", "checks", "dispatch", "distributed", "norms", "ops", "problem", "rebuild"},
+    "rebuild": {"activations", "backends", "dispatch", "ops", "problem"},
+    "distributed": {"activations", "backends", "dispatch", "ops", "problem", "rebuild"},
     "ops": {"activations", "backends", "dispatch", "problem"},
     "dispatch": {"backends"},
     "backends": {"_build", "activations", "backends", "problem"},
