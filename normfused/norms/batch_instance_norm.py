@@ -168,9 +168,8 @@ class _BatchInstanceNormAct(TrackedNormAct):
             num_batches_tracked=counter, **self._epilogue(residual),
         )  # type: ignore[arg-type]  # fmt: skip
 
-    def extra_repr(self) -> str:
-        plain = f", affine={self.weight is not None}, track_running_stats={self.track_running_stats}"
-        return super().extra_repr() + plain
+    def _own_repr(self) -> str:
+        return f", affine={self.weight is not None}, track_running_stats={self.track_running_stats}"
 
 
 def gates(model: nn.Module) -> list[nn.Parameter]:

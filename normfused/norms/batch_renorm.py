@@ -210,9 +210,9 @@ class _BatchRenormAct(TrackedNormAct):
             r_max=r_max, d_max=d_max, num_batches_tracked=self.num_batches_tracked, **self._epilogue(residual),
         )  # type: ignore[arg-type]  # fmt: skip
 
-    def extra_repr(self) -> str:
+    def _own_repr(self) -> str:
         when = "schedule" if self.schedule is not None else f"{self.warmup_steps}..{self.r_max_step}/{self.d_max_step}"
-        return super().extra_repr() + f", r_max={self.r_max}, d_max={self.d_max}, steps={when}"
+        return f", r_max={self.r_max}, d_max={self.d_max}, steps={when}"
 
 
 _DOC = r"""Batch Renorm over {shape} with a fused activation and residual add; see `batch_renorm_act` for formula, types and errors.

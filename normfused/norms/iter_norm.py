@@ -330,9 +330,9 @@ class _IterNorm(TrackedNormAct):
             method=self.method, iterations=self.iterations, num_batches_tracked=self.num_batches_tracked, **self._epilogue(residual),
         )  # type: ignore[arg-type]  # fmt: skip
 
-    def extra_repr(self) -> str:
+    def _own_repr(self) -> str:
         how = f"iterations={self.iterations}" if self.method == "newton" else f"method={self.method}"
-        return super().extra_repr() + f", num_channels={self.num_channels}, {how}"
+        return f", num_channels={self.num_channels}, {how}"
 
 
 _DOC = r"""Whitening (IterNorm) over {shape} with a fused activation and residual add; see `iter_norm_act` for formula, types and errors.

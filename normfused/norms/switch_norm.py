@@ -44,7 +44,7 @@ def _statistics(mean: Tensor, var: Tensor, norm: str, factors: tuple[float, floa
 def switch_norm_rule(
     mean: Tensor,
     var: Tensor,
-
+    mean_weight: Tensor,
     var_weight: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -77,7 +77,7 @@ def switch_norm_rule(
 
 def switch_norm_act(
     x: Tensor,
-
+    mean_weight: Tensor,
     var_weight: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
@@ -250,11 +250,11 @@ class _SwitchNormAct(TrackedNormAct):
             unbiased_instance_var=self.unbiased_instance_var, num_batches_tracked=self.num_batches_tracked, **self._epilogue(residual),
         )  # type: ignore[arg-type]  # fmt: skip
 
-    def extra_repr(self) -> str:
+    def _own_repr(self) -> str:
         own = f", using={'+'.join(self.using)}"
         own += "" if self.using_moving_average else ", using_moving_average=False"
         own += ", unbiased_instance_var=True" if self.unbiased_instance_var else ""
-        return super().extra_repr() + own
+        return own
 
 
 _DOC = r"""Switchable norm over {shape} with a fused activation and residual add; see `switch_norm_act` for formula, types and errors.

@@ -144,9 +144,13 @@ class TrackedNormAct(NormActMixin, nn.Module):
             state_dict.setdefault(f"{prefix}num_batches_tracked", self.num_batches_tracked)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    def _own_repr(self) -> str:
+        """What a subclass adds to its print, each part after a comma."""
+        return ""
+
     def extra_repr(self) -> str:
         eps = "" if self.eps is None else f", eps={self.eps}"
-        return f"{self.num_features}{eps}, momentum={self.momentum}" + super().extra_repr()
+        return f"{self.num_features}{eps}, momentum={self.momentum}{self._own_repr()}" + super().extra_repr()
 
 
 def batch_norm_options(kind: type, bn: Any, options: dict[str, Any]) -> dict[str, Any]:
