@@ -550,6 +550,19 @@ def _differentiable_backward(
     return (dx, dresidual, *gradients[2:])
 
 
+class _InLayout(torch.autograd.Function):
+    """x, with a gradient in x's memory format: an addition would hand on that of its output as it comes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.layout = layout_of(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dense(dy, ctx.layout)
+
+
 def see_through() -> bool:
     """Whether something must see through the norm: a functorch transform, forward-mode AD, export."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting()
@@ -598,10 +611,15 @@ def _norm_act_any(
     if path(x, name, scope, rule) == "composite":
         if normalized_shape is not None and act_weight is not None and act_weight.numel() > 1:
             act_weight = act_weight.view(*[1] * (x.dim() - len(normalized_shape)), *normalized_shape)  # along the normalized elements
-        inplace = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+        eager = (
+            not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+            and type(x) is Tensor
+        )
+        if eager and not batch_statistics and running_mean is None and weight is None:
+            x = _InLayout.apply(x)
         return composite.norm_act(
             x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
-            scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, inplace and type(x) is Tensor, normalized_shape,
+            scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, eager, normalized_shape,
         )  # fmt: skip
     if not batch_statistics and running_mean is None:  # an affine map: the kernels have it as the norm of mean 0 and variance 1
         running_mean, running_var = (make(x.shape[1], dtype=accumulation_dtype(x.dtype)) for make in (x.new_zeros, x.new_ones))
@@ -886,7 +904,10 @@ def _slice_norm_act(
         for t in parameters:
             y = y + (t.sum() * 0).to(y.dtype)
         return y, None, None
-    if composed or see_through() or torch.compiler.is_compiling() or x.device.type == "meta":
+    traced = see_through() or torch.compiler.is_compiling() or x.device.type == "meta"
+    if composed and not traced:
+        x = _InLayout.apply(dense(x))
+    if composed or traced:
         y, mean, var = _composite_slices(rule, x, residual, act_weight, act, residual_mode, parameters)
         return y, mean.detach(), None if var is None else var.detach()
     x = dense(x)

@@ -110,6 +110,31 @@ def _like(blocks: Tensor, x: Tensor) -> Tensor:
     return dense(out, layout_of(x) if x.dim() > 2 else None)
 
 
+def _project(x: Tensor, w: Tensor, mean: Tensor | float) -> Tensor:
+    """W(x - mean) of every group, in x's memory format."""
+    return _like(w @ (_blocks(x, w.shape[-1]) - mean), x)
+
+
+class _Project(torch.autograd.Function):
+    """The same, W and mean constants, with a gradient in x's memory format."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, mean: Tensor | float) -> Tensor:
+        return _project(x, w, mean)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, w, _ = inputs
+        ctx.layout = layout_of(x)
+        ctx.save_for_backward(w)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, None, None]:
+        (w,) = ctx.saved_tensors
+        dx: Tensor = _Project.apply(dense(dz, ctx.layout), w.mT, 0.0)  # type: ignore[no-untyped-call]
+        return dx, None, None
+
+
 def _covariance(centred: Tensor, eps: float) -> Tensor:
     """(g, d, d) in float64, with eps on the diagonal."""
     count = centred.shape[0] * centred.shape[3]
@@ -264,15 +289,15 @@ def iter_norm_act(
     with torch.autocast(x.device.type, enabled=False):
         if x.numel() == 0:
             z, mean, w = wide, None, None
-        elif training:
+        else:
             traced = ops.see_through() or torch.compiler.is_compiling() or type(x) is not Tensor
             wide = wide if traced else dense(wide)
-            z, mean, w, _ = (_whiten if traced else _Whiten.apply)(wide, d, eps, method, iterations)  # type: ignore[no-untyped-call]
-        else:
-            assert running_mean is not None and running_wm is not None
-            mean, w = (t.to(wide.dtype, copy=True) for t in (running_mean, running_wm))
-            wide = dense(wide)
-            z = _like(w @ (_blocks(wide, d) - mean), wide)
+            if training:
+                z, mean, w, _ = (_whiten if traced else _Whiten.apply)(wide, d, eps, method, iterations)  # type: ignore[no-untyped-call]
+            else:
+                assert running_mean is not None and running_wm is not None
+                mean, w = (t.to(wide.dtype, copy=True) for t in (running_mean, running_wm))
+                z = (_project if traced else _Project.apply)(wide, w, mean)  # type: ignore[no-untyped-call]
     gamma, beta, shortcut = (None if t is None else t.to(wide.dtype) for t in (weight, bias, residual))
     y: Tensor = call(
         op, z, gamma, beta, CHANNEL, STANDARD, 1, 0.0, act, act_param, shortcut, residual_mode, backend, batch_statistics=False
