@@ -102,7 +102,7 @@ def batch_instance_norm_act(
         if not (gate.requires_grad and torch.is_grad_enabled()) and known_to_be(1.0, gate):
             y: Tensor = call(
                 op, x, weight, bias, CHANNEL, STANDARD, 1, eps, act, act_param, residual, residual_mode, backend,
-                running_mean=running_mean, running_var=running_var, batch_statistics=False,
+                running_mean=frozen_copy(running_mean, x), running_var=frozen_copy(running_var, x), batch_statistics=False,
             )  # fmt: skip
             return y
         statistics = {"batch_mean": frozen_copy(running_mean, x), "batch_var": frozen_copy(running_var, x)}

@@ -34,10 +34,9 @@ def batch_renorm_rule(
     """(scale, value at the slice's mean); r and d are constants of the backward."""
     batch_mean, batch_var = pooled(mean, var, 0)
     std = (batch_var + eps).sqrt()
-    with torch.no_grad():
-        r_max, d_max = (torch.as_tensor(t, dtype=mean.dtype, device=mean.device) for t in (r_max, d_max))
-        r = torch.clamp(std / running_std, r_max.reciprocal(), r_max)
-        d = torch.clamp((batch_mean - running_mean) / running_std, -d_max, d_max)
+    highest, farthest = (torch.as_tensor(t, dtype=mean.dtype, device=mean.device) for t in (r_max, d_max))
+    r = torch.clamp(std.detach() / running_std, highest.reciprocal(), highest)
+    d = torch.clamp((batch_mean.detach() - running_mean) / running_std, -farthest, farthest)
     scale, offset = r / std, d
     if weight is not None:
         scale, offset = scale * weight, offset * weight

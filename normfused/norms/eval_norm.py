@@ -102,16 +102,15 @@ def eval_norm_act(
         if value is None:
             raise checks.ArgumentError(f"{op}: running_mean and running_var must both be given, got {name}=None")
     per_channel(op, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    mean, var = frozen_copy(running_mean, x), frozen_copy(running_var, x)
     shares = {name: _share(op, name, value, x) for name, value in (("alpha", alpha), ("beta", beta))}
     if known_to_be(0.0, *shares.values()):
         y: Tensor = call(
             op, x, weight, bias, CHANNEL, STANDARD, 1, eps, act, act_param, residual, residual_mode, backend,
-            running_mean=running_mean, running_var=running_var, batch_statistics=False,
+            running_mean=mean, running_var=var, batch_statistics=False,
         )  # fmt: skip
         return y
-    parameters = {
-        "running_mean": frozen_copy(running_mean, x), "running_var": frozen_copy(running_var, x), "weight": weight, "bias": bias, **shares,
-    }  # fmt: skip
+    parameters = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias, **shares}
     rule = partial(eval_norm_rule, eps=eps)
     y, _, _ = run_rule(op, x, rule, parameters, act, act_param, residual, residual_mode, backend, centred=True)
     return y

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import checks, dispatch, ops
 from ..activations import ActivationLike
 from ..problem import CHANNEL, NHWC, PRE_ACT, STANDARD, accumulation_dtype, dense, layout_of
-from .base import RESIDUAL_MODES, call
+from .base import RESIDUAL_MODES, call, resolve_act
 from .tracked import TrackedNormAct, need_counter, per_channel, positions, track
 
 METHODS = ("newton", "zca")
@@ -284,6 +284,7 @@ def iter_norm_act(
             need_counter(op, momentum, num_batches_tracked)
     elif running_mean is None:
         raise checks.ArgumentError(f"{op}: running_mean and running_wm must be given when training=False, got None")
+    fused, act_weight, composed = resolve_act(op, act, act_param, x, channels)
     dispatch.choose(x.device.type, x.dtype, backend)  # raises before anything is written
     wide = x.to(accumulation_dtype(x.dtype))
     with torch.autocast(x.device.type, enabled=False):
@@ -298,9 +299,22 @@ def iter_norm_act(
                 assert running_mean is not None and running_wm is not None
                 mean, w = (t.to(wide.dtype, copy=True) for t in (running_mean, running_wm))
                 z = (_project if traced else _Project.apply)(wide, w, mean)  # type: ignore[no-untyped-call]
-    gamma, beta, shortcut = (None if t is None else t.to(wide.dtype) for t in (weight, bias, residual))
+    gamma, beta, shortcut, act_weight = (None if t is None else t.to(wide.dtype) for t in (weight, bias, residual, act_weight))
     y: Tensor = call(
-        op, z, gamma, beta, CHANNEL, STANDARD, 1, 0.0, act, act_param, shortcut, residual_mode, backend, batch_statistics=False
+        op,
+        z,
+        gamma,
+        beta,
+        CHANNEL,
+        STANDARD,
+        1,
+        0.0,
+        composed or fused,
+        act_weight,
+        shortcut,
+        residual_mode,
+        backend,
+        batch_statistics=False,
     )
     if training:
         track(momentum, num_batches_tracked, (running_mean, mean), (running_wm, None if w is None else w.to(wide.dtype)))

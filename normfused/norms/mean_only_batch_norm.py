@@ -155,18 +155,27 @@ def fold_mean_only_batch_norm(op: nn.Module, norm: nn.Module) -> nn.Module:
     features = getattr(op, "out_channels", getattr(op, "out_features", None))
     if features != norm.num_features:
         raise ValueError(f"{name}: op must have the norm's {norm.num_features} output features, got {features}")
-    folded: Any = copy.deepcopy(op)
-    if parametrize.is_parametrized(folded, "weight"):
-        parametrize.remove_parametrizations(folded, "weight", leave_parametrized=True)
-    elif hasattr(folded, "weight_g"):
-        torch.nn.utils.remove_weight_norm(folded)
     with torch.no_grad():
-        wide = torch.promote_types(folded.weight.dtype, torch.float32)
+        weight: Tensor = op.weight  # type: ignore[assignment]
+        wide = torch.promote_types(weight.dtype, torch.float32)
         bias = -norm.running_mean.to(wide)
-        for term in (norm.bias, folded.bias):
-            bias = bias if term is None else bias + term.to(wide)
-        folded.bias = nn.Parameter(bias.to(folded.weight.dtype))
+        for term in (norm.bias, op.bias):
+            bias = bias if term is None else bias + term.to(wide)  # type: ignore[operator, union-attr]
+        folded = _with_plain_weight(op, weight.clone(), bias.to(weight.dtype))
     return folded if norm.act is None else nn.Sequential(folded, copy.deepcopy(norm.act)).eval()
+
+
+def _with_plain_weight(op: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """A copy of ``op`` that has these as parameters and nothing else.
+
+    Not a deepcopy without its parametrization: a copy shares the class that torch made for it, and to remove it would break ``op``.
+    """
+    kind: Any = type(op).__bases__[0] if parametrize.is_parametrized(op) else type(op)
+    plain: nn.Module = kind.__new__(kind)
+    kept = ("_parameters", "_buffers", "_modules", "_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+    plain.__dict__.update({name: type(value)() if name in kept else value for name, value in op.__dict__.items() if name != "weight"})
+    plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return plain
 
 
 @torch.no_grad()
