@@ -616,7 +616,7 @@ def _norm_act_any(
             and type(x) is Tensor
         )
         if eager and not batch_statistics and running_mean is None and weight is None:
-            x = _InLayout.apply(x)
+            x = _InLayout.apply(x)  # type: ignore[no-untyped-call]
         return composite.norm_act(
             x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
             scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, eager, normalized_shape,
@@ -906,7 +906,7 @@ def _slice_norm_act(
         return y, None, None
     traced = see_through() or torch.compiler.is_compiling() or x.device.type == "meta"
     if composed and not traced:
-        x = _InLayout.apply(dense(x))
+        x = _InLayout.apply(dense(x))  # type: ignore[no-untyped-call]
     if composed or traced:
         y, mean, var = _composite_slices(rule, x, residual, act_weight, act, residual_mode, parameters)
         return y, mean.detach(), None if var is None else var.detach()
