@@ -25,7 +25,7 @@ from .activations import Activation, grad_activate_from_y
 from .backends.torch import composite
 from .problem import CHANNEL, NHWC, POSITION, POST_ACT, PRE_ACT, PRE_NORM, RMS, SAMPLE_GROUP, Problem, accumulation_dtype, dense, layout_of
 
-__all__ = ["NormAct", "SliceNormAct", "norm_act", "see_through", "slice_norm_act"]
+__all__ = ["NormAct", "SliceNormAct", "norm_act", "see_through", "slice_norm_act", "snapshot"]
 
 _ACT = "str act, float p0, float p1, str? residual_mode, str backend"
 _STATIC = f"str scope, str rule, int groups, bool batch_statistics, float eps, float? momentum, {_ACT}"
@@ -40,6 +40,7 @@ _library.define(
     f" Tensor? eps_weight, Tensor mean, Tensor rstd, {_STATIC}, bool need_x, bool need_residual, bool need_parameters)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dact_weight, Tensor deps_weight)"
 )
+_library.define("snapshot(Tensor buffer) -> Tensor")
 _library.define("moments(Tensor x, str backend) -> (Tensor mean, Tensor var)")
 _library.define(f"apply(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor? act_weight, {_ACT}) -> Tensor")
 _library.define(
@@ -347,6 +348,7 @@ def _fake_grad_apply(dy: Any, x: Tensor, *static: Any) -> Any:
 for _name, _real, _fake in (
     ("norm_act", _every_output(_norm_act, 0), _fake_norm_act),
     ("norm_act_backward", _every_output(_norm_act_backward, 2), _fake_norm_act_backward),
+    ("snapshot", torch.clone, torch.clone),
     ("moments", _moments, _fake_moments),
     ("apply", _apply, _fake_apply),
     ("grad_moments", _grad_moments, _fake_grad_moments),
@@ -548,6 +550,17 @@ def _differentiable_backward(
     if dact_weight is not None:
         gradients[4] = dact_weight
     return (dx, dresidual, *gradients[2:])
+
+
+def snapshot(buffer: Tensor) -> Tensor:
+    """A copy of a statistic that will be updated in place, for the backward.
+
+    In compiled code by an operator: torch would save the buffer and make a copy that it knows again in the backward, after the update.
+    """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        copied: Tensor = _ops.snapshot(buffer.detach())
+        return copied
+    return buffer.detach().clone()
 
 
 class _InLayout(torch.autograd.Function):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, ops
 from ..activations import ActivationLike
 from ..problem import CHANNEL, PRE_ACT, STANDARD
 from .base import call
@@ -191,6 +191,7 @@ class _BatchRenormAct(TrackedNormAct):
         """(r_max, d_max) of the next step, from the counter on its device: 1 and 0 up to ``warmup_steps``, then linear."""
         counter = self.num_batches_tracked
         assert counter is not None
+        counter = ops.snapshot(counter)
         if self.schedule is not None:
             return self.schedule(counter)
         step = counter.to(torch.float32) - self.warmup_steps

@@ -65,7 +65,7 @@ def per_channel(op: str, x: Tensor, **tensors: Tensor | None) -> None:
 
 def frozen_copy(t: Tensor, x: Tensor) -> Tensor:
     """A statistic as a rule reads it: in the type of x's moments, and out of reach of later updates, since the backward reads it again."""
-    return t.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32, copy=True)
+    return ops.snapshot(t).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def known_to_be(value: float, *tensors: Tensor) -> bool:
