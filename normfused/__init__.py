@@ -9,13 +9,32 @@ from .checks import ArgumentError, DeviceError, DTypeError, ShapeError
 from .dispatch import available_backends, backend, get_backend, set_backend
 from .explain import explain
 from .norms.base import get_autocast_policy, set_autocast_policy
+from .norms.batch_instance_norm import (
+    BatchInstanceNormAct1d,
+    BatchInstanceNormAct2d,
+    BatchInstanceNormAct3d,
+    clamp_gates_,
+    gate_parameter_groups,
+    gates,
+)
 from .norms.batch_norm import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from .norms.batch_renorm import BatchRenormAct1d, BatchRenormAct2d, BatchRenormAct3d
 from .norms.custom import define_norm
+from .norms.eval_norm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from .norms.filter_response_norm import FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d
 from .norms.group_norm import GroupNormAct
 from .norms.instance_norm import InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d
+from .norms.iter_norm import IterNorm1d, IterNorm2d, IterNorm3d
 from .norms.layer_norm import LayerNormAct
+from .norms.mean_only_batch_norm import (
+    MeanOnlyBatchNormAct1d,
+    MeanOnlyBatchNormAct2d,
+    MeanOnlyBatchNormAct3d,
+    data_dependent_init,
+    fold_mean_only_batch_norm,
+)
 from .norms.rms_norm import RMSNormAct
+from .norms.switch_norm import SwitchNormAct1d, SwitchNormAct2d, SwitchNormAct3d
 from .norms.sync_batch_norm import SyncBatchNormAct
 
 __version__ = "0.1.0"
@@ -24,11 +43,20 @@ __all__ = [
     "ACTIVATIONS",
     "TLU",
     "ArgumentError",
+    "BatchInstanceNormAct1d",
+    "BatchInstanceNormAct2d",
+    "BatchInstanceNormAct3d",
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "BatchRenormAct1d",
+    "BatchRenormAct2d",
+    "BatchRenormAct3d",
     "DTypeError",
     "DeviceError",
+    "EvalNorm1d",
+    "EvalNorm2d",
+    "EvalNorm3d",
     "FilterResponseNorm1d",
     "FilterResponseNorm2d",
     "FilterResponseNorm3d",
@@ -36,15 +64,29 @@ __all__ = [
     "InstanceNormAct1d",
     "InstanceNormAct2d",
     "InstanceNormAct3d",
+    "IterNorm1d",
+    "IterNorm2d",
+    "IterNorm3d",
     "LayerNormAct",
+    "MeanOnlyBatchNormAct1d",
+    "MeanOnlyBatchNormAct2d",
+    "MeanOnlyBatchNormAct3d",
     "RMSNormAct",
     "ShapeError",
+    "SwitchNormAct1d",
+    "SwitchNormAct2d",
+    "SwitchNormAct3d",
     "SyncBatchNormAct",
     "available_backends",
     "backend",
+    "clamp_gates_",
+    "data_dependent_init",
     "define_norm",
     "explain",
+    "fold_mean_only_batch_norm",
     "functional",
+    "gate_parameter_groups",
+    "gates",
     "get_autocast_policy",
     "get_backend",
     "set_autocast_policy",

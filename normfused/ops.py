@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -39,7 +40,7 @@ from .problem import (
     layout_of,
 )
 
-__all__ = ["NormAct", "SliceNormAct", "norm_act", "slice_norm_act", "without_autocast"]
+__all__ = ["NormAct", "SliceNormAct", "norm_act", "see_through", "slice_norm_act", "snapshot", "without_autocast"]
 
 _ACT = "str act, float p0, float p1, str? residual_mode, str backend"
 _STATIC = f"str scope, str rule, int groups, bool batch_statistics, float eps, float? momentum, {_ACT}"
@@ -54,6 +55,7 @@ _library.define(
     f" Tensor? eps_weight, Tensor mean, Tensor rstd, {_STATIC}, bool need_x, bool need_residual, bool need_parameters)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dact_weight, Tensor deps_weight)"
 )
+_library.define("snapshot(Tensor buffer) -> Tensor")
 _library.define("moments(Tensor x, str backend) -> (Tensor mean, Tensor var)")
 _library.define(f"apply(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor? act_weight, {_ACT}) -> Tensor")
 _library.define(
@@ -369,6 +371,7 @@ def _fake_grad_apply(dy: Any, x: Tensor, *static: Any) -> Any:
 for _name, _real, _fake in (
     ("norm_act", _every_output(_norm_act, 0), _fake_norm_act),
     ("norm_act_backward", _every_output(_norm_act_backward, 2), _fake_norm_act_backward),
+    ("snapshot", torch.clone, torch.clone),
     ("moments", _moments, _fake_moments),
     ("apply", _apply, _fake_apply),
     ("grad_moments", _grad_moments, _fake_grad_moments),
@@ -596,6 +599,30 @@ def differentiable_backward(
     return (dx, dresidual, *gradients[2:])
 
 
+def snapshot(buffer: Tensor) -> Tensor:
+    """A copy of a statistic that will be updated in place, for the backward.
+
+    In compiled code by an operator: torch would save the buffer and make a copy that it knows again in the backward, after the update.
+    """
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        copied: Tensor = _ops.snapshot(buffer.detach())
+        return copied
+    return buffer.detach().clone()
+
+
+class _InLayout(torch.autograd.Function):
+    """x, with a gradient in x's memory format: an addition would hand on that of its output as it comes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.layout = layout_of(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dense(dy, ctx.layout)
+
+
 def see_through() -> bool:
     """Whether something must see through the norm: a functorch transform, forward-mode AD, export."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting()
@@ -643,6 +670,7 @@ def norm_act(
     """(y, h) of a checked call: the one door to every backend.
 
     x is (N, C, *), or, with ``normalized_shape``, of any shape that ends in it (scope position).
+    With neither batch nor running statistics the norm is weight*x + bias per channel (eps is 0 then).
     """
     name = dispatch.choose(x.device.type, x.dtype, backend)
     if trace is not None:
@@ -652,11 +680,18 @@ def norm_act(
     if path(x, name, scope, rule, groups) == "composite":
         if normalized_shape is not None and act_weight is not None and act_weight.numel() > 1:
             act_weight = act_weight.view(*[1] * (x.dim() - len(normalized_shape)), *normalized_shape)  # along the normalized elements
-        eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+        eager = (
+            not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+            and type(x) is Tensor
+        )
+        if eager and not batch_statistics and running_mean is None and weight is None:
+            x = _InLayout.apply(x)  # type: ignore[no-untyped-call]
         return composite.norm_act(
             x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
-            scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, eager and type(x) is Tensor, normalized_shape,
+            scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, eager, normalized_shape,
         )  # fmt: skip
+    if not batch_statistics and running_mean is None:  # an affine map: the kernels have it as the norm of mean 0 and variance 1
+        running_mean, running_var = (make(x.shape[1], dtype=accumulation_dtype(x.dtype)) for make in (x.new_zeros, x.new_ones))
     full = x.shape
     if normalized_shape is not None:
         rows = (-1, math.prod(normalized_shape))
@@ -728,19 +763,34 @@ def _empty_batch(
 
 
 # ------------------------------------------------------------------------- rules written in PyTorch (route "slices")
-Rule = Callable[..., tuple[Tensor, Tensor]]
+@dataclass(frozen=True)
+class SliceRule:
+    """How the mean and variance of every (n, c) become an affine map; ``function(mean, var, *parameters)`` returns two tensors.
+
+    Attributes:
+        function: differentiable; what it returns is (N, C) or broadcasts to it.
+        centred: False: (scale, shift), z = scale*x + shift. True: (scale, offset), z = scale*(x - mean) + offset; no large numbers
+            cancel in its derivatives, however far the mean is from zero. Then a scale of None stands for 1.
+        translation: the rule neither reads the variance, which may be None, nor scales.
+    """
+
+    function: Callable[..., tuple[Any, Any]]
+    centred: bool = False
+    translation: bool = False
 
 
 class SliceNormAct(torch.autograd.Function):
-    """moments -> the user's rule on (N, C) tensors -> apply; backward with the rule's own vjp between the two big passes."""
+    """moments -> the rule on (N, C) tensors -> apply; backward with the rule's own vjp between the two big passes."""
 
     @staticmethod
     def forward(
-        rule: Rule, x: Tensor, residual: Tensor | None, act_weight: Tensor | None, act: str, p0: float, p1: float,
+        rule: SliceRule, x: Tensor, residual: Tensor | None, act_weight: Tensor | None, act: str, p0: float, p1: float,
         residual_mode: str | None, backend: str, *parameters: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         mean, var = moments(x, backend)
         scale, shift = _coefficients(rule, mean, var, parameters)
+        if rule.centred:
+            shift = torch.addcmul(shift, scale, mean, value=-1)
         y = apply(x, residual, scale, shift, act_weight, act, p0, p1, residual_mode, backend)
         return y, mean, var, scale, shift
 
@@ -764,70 +814,99 @@ class SliceNormAct(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             return _differentiable_slice_backward(ctx.rule, dy, x, z_source, act_weight, parameters, ctx.static, needs)
-        act, _, _, residual_mode, _ = ctx.static
-        sum_dz, sum_dz_xc, dact_weight = grad_moments(dy, x, z_source, mean, scale, shift, act_weight, *ctx.static)
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (mean, var, *parameters)]
-            coefficients = _coefficients(ctx.rule, leaves[0], leaves[1], leaves[2:])
-            pairs = [
-                (c, g) for c, g in zip(coefficients, (sum_dz_xc + mean * sum_dz, sum_dz), strict=True) if c.requires_grad
-            ]  # a rule may return a constant
-            gradients = (
-                torch.autograd.grad([c for c, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
-                if pairs
-                else [None] * len(leaves)
-            )
+        *act, residual_mode, backend = static = ctx.static
+        own_residual = residual_mode == PRE_ACT and needs[2] and act[0] != "identity"
+        dz, dact_weight, dresidual = dy, None, None
+        if backend == "torch" and act[0] != "identity" and not _traced(x):
+            # its steps would each recompute z and dz in passes of their own
+            dz, dact_weight = _activation_gradient(dy, x, z_source, scale, shift, act_weight, *static)
+            dresidual = dz.to(x.dtype) if own_residual else None
+            z_source, static, own_residual = None, ("identity", 0.0, 0.0, None, backend), False
+        sums = grad_moments(dz, x, z_source, mean, scale, shift, act_weight, *static)
+        sum_dz, sum_dz_xc = sums[:2]
+        if dact_weight is None:
+            dact_weight = sums[2]
+        dmean, dvar, *dparameters = _coefficients_vjp(ctx.rule, mean, var, scale, parameters, sum_dz, sum_dz_xc)
         spatial = x.numel() // (x.shape[0] * x.shape[1])
-        zero = torch.zeros_like(mean)
-        dmean, dvar = (zero if g is None else g for g in gradients[:2])
-        own_residual = residual_mode == PRE_ACT and needs[2] and act != "identity"
-        dx, dresidual = grad_apply(
-            dy,
-            x,
-            z_source,
-            mean,
-            scale,
-            shift,
-            act_weight,
-            scale,
-            dvar * (2 / spatial),
-            dmean / spatial,
-            *ctx.static,
-            needs[1],
-            own_residual,
-        )
-        if residual_mode is not None and not own_residual:
+        if needs[1] or own_residual:
+            rest = (act_weight, scale, dvar * (2 / spatial), dmean / spatial, *static, needs[1], own_residual)
+            dx, own = grad_apply(dz, x, z_source, mean, scale, shift, *rest)
+            dresidual = own if own_residual else dresidual
+        if residual_mode == POST_ACT or act[0] == "identity":
             dresidual = dy
-        dparameters = [None if g is None else g.to(t.dtype) for g, t in zip(gradients[2:], parameters, strict=True)]
         return (
             None,
             dx if needs[1] else None,
-            dresidual if residual_mode is not None else None,
+            dresidual if residual_mode is not None and needs[2] else None,
             _none_if_empty(dact_weight, act_weight),
             *(None,) * 5,
-            *dparameters,
+            *(None if g is None else g.to(t.dtype) for g, t in zip(dparameters, parameters, strict=True)),
         )
 
 
-def _coefficients(rule: Rule, mean: Tensor, var: Tensor, parameters: Any) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of the rule as full (N, C) tensors in the moments' type."""
-    scale, shift = rule(mean, var, *parameters)
+def _activation_gradient(
+    dy: Tensor, x: Tensor, z_source: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None, *static: Any
+) -> tuple[Tensor, Tensor | None]:
+    """(dz in the accumulation type, gradient of act_weight) by a backend whose steps take tensors from each other."""
+    *act, backend = static
+    x = dense(x)
+    p = _slices(x, *act)
+    dz, dact_weight = dispatch.load(backend).activation_gradient(
+        p, _other(dy, p, backend), x, _other(z_source, p, backend), scale, shift, _flat(act_weight)
+    )
+    return dz, dact_weight if act_weight is None else _shaped(dact_weight, act_weight)
+
+
+def _coefficients(rule: SliceRule, mean: Tensor, var: Tensor | None, parameters: Any) -> tuple[Tensor, Tensor]:
+    """What the rule returns, as full (N, C) tensors in the moments' type."""
     zero = torch.zeros_like(mean)
-    return tuple(torch.as_tensor(t).to(mean.dtype) + zero for t in (scale, shift))  # type: ignore[return-value]
+    found = rule.function(mean, var, *parameters)
+    return tuple(zero + (1 if t is None else torch.as_tensor(t).to(mean.dtype)) for t in found)  # type: ignore[return-value]
+
+
+def _coefficients_vjp(
+    rule: SliceRule, mean: Tensor, var: Tensor, scale: Tensor, parameters: Any, sum_dz: Tensor, sum_dz_xc: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of mean, var and the parameters from the sums of dz and of dz*(x - mean)."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (mean, var, *parameters)]
+        found = _coefficients(rule, leaves[0], leaves[1], leaves[2:])
+        of_scale = sum_dz_xc if rule.centred else torch.addcmul(sum_dz_xc, mean, sum_dz)
+        pairs = [(c, g) for c, g in zip(found, (of_scale, sum_dz), strict=True) if c.requires_grad]  # a rule may return a constant
+        wanted = [t for t in leaves if t.requires_grad]
+        gradients: Any = [None] * len(wanted)
+        if pairs:
+            gradients = torch.autograd.grad([c for c, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+    rest = iter(gradients)
+    dmean, dvar, *dparameters = (next(rest) if t.requires_grad else None for t in leaves)
+    dmean, dvar = (torch.zeros_like(mean) if g is None else g for g in (dmean, dvar))
+    if rule.centred:
+        dmean = torch.addcmul(dmean, scale, sum_dz, value=-1)
+    return dmean, dvar, *dparameters
 
 
 def _composite_slices(
-    rule: Rule, x: Tensor, residual: Tensor | None, act_weight: Tensor | None, act: Activation, residual_mode: str | None, parameters: Any
-) -> Tensor:
-    """The same in differentiable operations."""
+    rule: SliceRule, x: Tensor, residual: Tensor | None, act_weight: Tensor | None, act: Activation, residual_mode: str | None,
+    parameters: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(y, mean, var) in differentiable operations; var is None where a translation has no use for it."""
     wide = x.to(accumulation_dtype(x.dtype))
     dims = list(range(2, x.dim()))
     ones = [1] * len(dims)
-    mean = wide.mean(dims, keepdim=True) if dims else wide
-    var = (wide - mean).square().mean(dims) if dims else torch.zeros_like(wide)
-    scale, shift = _coefficients(rule, mean.view(x.shape[:2]), var, parameters)
-    z = torch.addcmul(shift.view(*x.shape[:2], *ones), wide, scale.view(*x.shape[:2], *ones))
-    return composite.activate_add(z, residual, act, act_weight, residual_mode).to(x.dtype)
+
+    def over_positions(t: Tensor) -> Tensor:
+        return t.view(*x.shape[:2], *ones)
+
+    mean = wide.mean(dims) if dims else wide
+    if rule.translation:
+        _, offset = rule.function(mean, None, *parameters)
+        z, var = wide + over_positions(offset - mean), None
+    else:
+        centred = wide - over_positions(mean)
+        var = centred.square().mean(dims) if dims else torch.zeros_like(wide)
+        scale, shift = _coefficients(rule, mean, var, parameters)
+        z = torch.addcmul(over_positions(shift), centred if rule.centred else wide, over_positions(scale))
+    return composite.activate_add(z, residual, act, act_weight, residual_mode).to(x.dtype), mean, var
 
 
 def epilogue_to_redo(
@@ -849,17 +928,18 @@ def epilogue_to_redo(
 
 
 def _differentiable_slice_backward(
-    rule: Rule, dy: Tensor, x: Tensor, z_source: Tensor | None, act_weight: Tensor | None, parameters: Any, static: Any, needs: Any
+    rule: SliceRule, dy: Tensor, x: Tensor, z_source: Tensor | None, act_weight: Tensor | None, parameters: Any, static: Any, needs: Any
 ) -> tuple[Tensor | None, ...]:
     act, upstream, dresidual, mode = epilogue_to_redo(dy, z_source, x.dtype, static)
     inputs = [x, z_source if mode else None, act_weight, *parameters]
     with torch.enable_grad():
-        leaves = [own_node(t, True) for t in inputs]
+        leaves = [t if t is None or not t.is_floating_point() else own_node(t, True) for t in inputs]
         xl, rl, al, *pl = leaves
         assert xl is not None
-        y = _composite_slices(rule, xl, rl, al, act, mode, pl)
-        found = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], upstream, create_graph=True, allow_unused=True))
-    gradients = [None if t is None else next(found) for t in leaves]
+        y, _, _ = _composite_slices(rule, xl, rl, al, act, mode, pl)
+        wanted = [t for t in leaves if t is not None and t.is_floating_point()]
+        found = iter(torch.autograd.grad(y, wanted, upstream, create_graph=True, allow_unused=True))
+    gradients = [None if t is None or not t.is_floating_point() else next(found) for t in leaves]
     if mode == PRE_ACT:
         dresidual = gradients[1]
     return (None, gradients[0], dresidual, gradients[2], *(None,) * 5, *gradients[3:])
@@ -867,7 +947,7 @@ def _differentiable_slice_backward(
 
 def slice_norm_act(
     x: Tensor,
-    rule: Rule,
+    rule: SliceRule,
     parameters: tuple[Tensor, ...],
     residual: Tensor | None,
     act_weight: Tensor | None,
@@ -876,19 +956,39 @@ def slice_norm_act(
     backend: str | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y, mean, var) of a checked call; the moments (N, C) are returned for running statistics (None where no pass computed them)."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # the composite must not be cast behind our back
+        with torch.autocast(kind, enabled=False):
+            return _slice_norm_act(x, rule, parameters, residual, act_weight, act, residual_mode, backend)
+    return _slice_norm_act(x, rule, parameters, residual, act_weight, act, residual_mode, backend)
+
+
+def _slice_norm_act(
+    x: Tensor,
+    rule: SliceRule,
+    parameters: tuple[Tensor, ...],
+    residual: Tensor | None,
+    act_weight: Tensor | None,
+    act: Activation,
+    residual_mode: str | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     name = dispatch.choose(x.device.type, x.dtype, backend)
+    # ATen's additions and sums are as few passes as a translation can have, and keep nothing of x
+    composed = rule.translation and name == "torch" and not _recomputes(x)
     if trace is not None:
-        trace.append((name, "slices", SAMPLE_GROUP, "written in PyTorch", act, residual_mode, None))
+        trace.append((name, "composite" if composed else "slices", SAMPLE_GROUP, "written in PyTorch", act, residual_mode, None))
     if x.numel() == 0:
         y, _ = _empty_batch(x, residual, None, None, act_weight, None, None, False, act, residual_mode)
         for t in parameters:
             y = y + (t.sum() * 0).to(y.dtype)
         return y, None, None
-    if see_through() or torch.compiler.is_compiling() or x.device.type == "meta":
-        y = _composite_slices(rule, x, residual, act_weight, act, residual_mode, parameters)
-        with torch.no_grad():
-            wide = x.detach().to(accumulation_dtype(x.dtype)).flatten(2) if x.dim() > 2 else x.detach().unsqueeze(2)
-            return y, wide.mean(2), wide.var(2, correction=0)
+    traced = see_through() or torch.compiler.is_compiling() or x.device.type == "meta"
+    if composed and not traced:
+        x = _InLayout.apply(dense(x))  # type: ignore[no-untyped-call]
+    if composed or traced:
+        y, mean, var = _composite_slices(rule, x, residual, act_weight, act, residual_mode, parameters)
+        return y, mean.detach(), None if var is None else var.detach()
     layout = format_of(x)
     x = _operand(x, layout, name)
     if residual is not None:
@@ -899,4 +999,4 @@ def slice_norm_act(
     return y, mean, var
 
 
-__all__ += ["POSITION", "Rule"]
+__all__ += ["POSITION", "SliceRule"]

@@ -65,7 +65,7 @@ def telling_tensors(case: Case, device: str) -> tuple[Tensor, Tensor | None, Ten
     x, residual, dy = tensors(case, device)
     scale, mean = _scales(case, device)
     x = ((x + mean) * scale).to(case.dtype)
-    if case.norm == "batch_instance":  # else both its norms give the same, and the gate's gradient is what rounding left of nothing
+    if case.norm in ("batch_instance", "switchable"):  # else their norms give the same, and the mixture's gradient is what rounding left
         x[1::2] *= 2
     dh = dy.flip(0) * scale if case.shape[0] > 1 else dy.flip(-1) * scale
     if case.residual == "pre_norm" and residual is not None:

@@ -25,6 +25,11 @@ NORMS = {
     "rms": "rms",
     "frn": "frn",
     "bin": "batch_instance",
+    "brn": "batch_renorm",
+    "sn": "switchable",
+    "mbn": "mean_only",
+    "evn": "eval",
+    "itn": "whitening",
 }  # words of the command line -> Case.norm
 DTYPES = {
     **dict.fromkeys(("bf16", "bfloat16"), torch.bfloat16),
@@ -36,6 +41,7 @@ _LAYOUTS = {
     **dict.fromkeys((CONTIGUOUS, "nchw"), CONTIGUOUS),
     **dict.fromkeys((CHANNELS_LAST, "nhwc"), CHANNELS_LAST),
 }
+_WIDE_PARAMETERS = frozenset(NORMS.values()) - {"group", "layer", "rms", "frn"}
 
 
 @dataclass(frozen=True)
@@ -77,9 +83,9 @@ class Case:
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        """What the norm's parameters are kept in: float32 for batch and instance norm of half types, as autocast trains them;
-        the input's type for the others, whose kernels in torch take, or are fast with, no other."""
-        return torch.promote_types(self.dtype, torch.float32) if self.norm in ("batch", "instance") else self.dtype
+        """What the norm's parameters are kept in: float32 for half types, as autocast trains them, where torch has that; the input's
+        type for group, layer, RMS and filter response norm, whose kernels in torch take, or are fast with, no other."""
+        return torch.promote_types(self.dtype, torch.float32) if self.norm in _WIDE_PARAMETERS else self.dtype
 
     @property
     def numel(self) -> int:
@@ -146,7 +152,8 @@ _SHAPES: list[Case] = [
     *(
         c
         for shape in ((32, 256, 56, 56), (256, 64, 56, 56), (2, 256, 200, 336))
-        for c in both(Case("batch_instance", shape, family="exotic"))
+        for norm in ("batch_instance", "batch_renorm", "switchable", "mean_only", "eval", "whitening")
+        for c in both(Case(norm, shape, family="exotic"))
     ),
 ]
 
@@ -191,6 +198,11 @@ _TELLING: list[tuple[str, str, tuple[str, ...]]] = [
     ("bn_relu", "32x64", _NCHW),
     ("bn_relu", "4096x1024", _NCHW),
     ("rms", "1x4096", _NCHW),
+    ("brn", "32x256x56x56", _NCHW),
+    ("sn", "32x256x56x56", _NCHW),
+    ("evn", "32x256x56x56", _NCHW),
+    ("mbn", "32x256x56x56", _NCHW),
+    ("itn", "32x256x56x56", _NCHW),
 ]
 
 
@@ -298,6 +310,11 @@ _LARGE = [
     _quick("add_rms", "1024x1024"),
     _quick("frn_tlu", "8x64x56x56"),
     _quick("bin", "8x64x48x48", CHANNELS_LAST),
+    _quick("brn", "8x64x56x56"),
+    _quick("sn", "8x64x48x48"),
+    _quick("evn", "8x64x48x48", CHANNELS_LAST),
+    _quick("mbn", "8x64x48x48"),
+    _quick("itn", "8x64x48x48"),
 ]
 _SMALL = [
     _quick("bn_relu", "2x64x8x8"),

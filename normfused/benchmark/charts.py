@@ -95,6 +95,7 @@ def label_of(case: Case) -> str:
 
 def _words(norm: str, act: str, residual: str | None, shape: tuple[int, ...], layout: str, dtype: str) -> str:
     words = {"batch": "BN", "group": "GN", "instance": "IN", "layer": "LN", "rms": "RMS", "frn": "FRN", "batch_instance": "BIN"}
+    words |= {"batch_renorm": "BRN", "switchable": "SN", "mean_only": "mean-only BN", "eval": "EvalNorm", "whitening": "IterNorm"}
     acts = {"relu": "ReLU", "silu": "SiLU", "gelu": "GELU", "leaky_relu": "LeakyReLU", "tlu": "TLU"}
     parts = [words.get(norm, norm)]
     if residual == "pre_norm":

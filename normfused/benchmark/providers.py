@@ -53,31 +53,181 @@ class PlainTLU(nn.Module):
         return torch.max(x, _per_channel(self.tau, x))
 
 
-class BatchInstance(nn.Module):
-    """Batch-instance norm (Nam & Kim, arXiv 1805.07925) as it is composed where no kernel of its own exists."""
+class _Composite(nn.Module):
+    """A norm that torch does not have, as it is composed; parameters and statistics beside half types are float32, as are its steps."""
+
+    statistics: tuple[str, ...] = ("running_mean", "running_var")
 
     def __init__(self, channels: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight, self.bias, self.gate = (nn.Parameter(torch.empty(channels, dtype=dtype)) for _ in range(3))
+        self.weight, self.bias = (nn.Parameter(torch.empty(channels, dtype=dtype)) for _ in range(2))
+        for name in self.statistics:
+            self.register_buffer(name, torch.ones(channels, dtype=dtype))
         self.eps = eps
 
+    def running(self, x: Tensor) -> list[Tensor]:
+        return [_per_channel(self._buffers[name], x) for name in self.statistics]  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def track(self, momentum: float, *values: Tensor) -> None:
+        for name, value in zip(self.statistics, values, strict=True):
+            self._buffers[name].lerp_(value.flatten(), momentum)  # type: ignore[union-attr]
+
+    def affine(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return (x * _per_channel(self.weight, x) + _per_channel(self.bias, x)).to(dtype)
+
+
+def _over(x: Tensor, dims: Collection[int]) -> tuple[Tensor, Tensor]:
+    """(mean, biased variance) in float32 or better."""
+    var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), tuple(dims), correction=0, keepdim=True)
+    return mean, var
+
+
+def _batch(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+class BatchInstance(_Composite):
+    """Batch-instance norm (Nam & Kim, arXiv 1805.07925)."""
+
+    def __init__(self, channels: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__(channels, eps, dtype)
+        self.gate = nn.Parameter(torch.empty(channels, dtype=dtype))
+
     def forward(self, x: Tensor) -> Tensor:
-        batch = nn.functional.batch_norm(x, None, None, training=True, eps=self.eps)
+        running = self._buffers["running_mean"], self._buffers["running_var"]
+        batch = nn.functional.batch_norm(x, *running, training=self.training, eps=self.eps)
         instance = nn.functional.instance_norm(x, eps=self.eps)
         gate = _per_channel(self.gate, x)
-        return (gate * batch + (1 - gate) * instance) * _per_channel(self.weight, x) + _per_channel(self.bias, x)
+        return self.affine(gate * batch + (1 - gate) * instance, x.dtype)
 
 
-def batch_instance_rule(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
-    """The same as scale and shift, for `normfused.define_norm`."""
-    batch_mean = mean.mean(0)
-    batch_var = var.mean(0) + (mean - batch_mean).square().mean(0)
-    batch, instance = gate * (batch_var + eps).rsqrt(), (1 - gate) * (var + eps).rsqrt()
-    scale = weight * (batch + instance)
-    return scale, bias - weight * (batch * batch_mean + instance * mean)
+class BatchRenorm(_Composite):
+    """Batch Renorm (Ioffe, arXiv 1702.03275) with bounds 3 and 5."""
+
+    statistics = ("running_mean", "running_std")
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = self.running(x)
+        if not self.training:
+            return self.affine((x - mean) / std, x.dtype)
+        batch_mean, var = _over(x, _batch(x))
+        batch_std = (var + self.eps).sqrt()
+        r = (batch_std / std).clamp(1 / 3, 3).detach()
+        d = ((batch_mean - mean) / std).clamp(-5, 5).detach()
+        self.track(0.01, batch_mean, batch_std)
+        return self.affine((x - batch_mean) / batch_std * r + d, x.dtype)
 
 
-BatchInstanceNorm = nf.define_norm(batch_instance_rule, parameters={"weight": 1.0, "bias": 0.0, "gate": 1.0})
+class Switchable(_Composite):
+    """Switchable norm (Luo et al., arXiv 1806.10779) of three statistics."""
+
+    def __init__(self, channels: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__(channels, eps, dtype)
+        self.mean_weight, self.var_weight = (nn.Parameter(torch.empty(3, dtype=dtype)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = _over(x, range(2, x.dim()))
+        pairs = [(mean, var)]
+        for dim in (1, 0):
+            centre = mean.mean(dim, keepdim=True)
+            pairs.append((centre, var.mean(dim, keepdim=True) + (mean - centre).square().mean(dim, keepdim=True)))
+        if self.training:
+            self.track(0.1, *pairs[2])
+        else:
+            pairs[2] = tuple(self.running(x))  # type: ignore[assignment]
+        shares, var_shares = self.mean_weight.softmax(0), self.var_weight.softmax(0)
+        mean = shares[0] * pairs[0][0] + shares[1] * pairs[1][0] + shares[2] * pairs[2][0]
+        var = var_shares[0] * pairs[0][1] + var_shares[1] * pairs[1][1] + var_shares[2] * pairs[2][1]
+        return self.affine((x - mean) / (var + self.eps).sqrt(), x.dtype)
+
+
+class MeanOnly(_Composite):
+    """Mean-only batch norm (Salimans & Kingma, arXiv 1602.07868)."""
+
+    statistics = ("running_mean",)
+
+    def __init__(self, channels: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__(channels, eps, dtype)
+        self.weight = None  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        (mean,) = self.running(x)
+        if self.training:
+            mean = x.mean(_batch(x), keepdim=True, dtype=mean.dtype)
+            self.track(0.1, mean)
+        return (x - mean + _per_channel(self.bias, x)).to(x.dtype)
+
+
+class Evaluating(_Composite):
+    """EvalNorm's evaluation (Singh & Shrivastava, arXiv 1904.06031), of a network trained with a batch of 32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own, own_var = _over(x, range(2, x.dim()))
+        mean, var = self.running(x)
+        share, apart = 1 / 32, own - mean
+        var = share * own_var + (1 - share) * var + share * (1 - share) * apart.square()
+        return self.affine((x - mean - share * apart) / (var + self.eps).sqrt(), x.dtype)
+
+
+class InEvaluation(nn.Module):
+    """A layer that is timed in evaluation mode, whatever the others are in."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def train(self, mode: bool = True) -> InEvaluation:
+        return super().train(False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        return self.layer(x, residual)
+
+
+class Whitening(_Composite):
+    """IterNorm (Huang et al., arXiv 1904.03441) with five iterations, groups of up to 64 channels."""
+
+    statistics = ()
+
+    def __init__(self, channels: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__(channels, eps, dtype)
+        self.size = min(channels, 64)
+        self.register_buffer("running_mean", torch.zeros(channels // self.size, self.size, 1, dtype=dtype))
+        self.register_buffer("running_wm", torch.eye(self.size, dtype=dtype).repeat(channels // self.size, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        moved = x.transpose(0, 1).contiguous()
+        blocks = moved.view(-1, self.size, x.numel() // x.shape[1]).to(torch.promote_types(x.dtype, torch.float32))
+        mean, w = self._buffers["running_mean"], self._buffers["running_wm"]
+        assert mean is not None and w is not None
+        eye = torch.eye(self.size, dtype=blocks.dtype, device=x.device)
+        if self.training:
+            batch_mean = blocks.mean(2, keepdim=True)
+            centred = blocks - batch_mean
+            cov = centred @ centred.mT / centred.shape[2] + self.eps * eye
+            share = cov.diagonal(dim1=1, dim2=2).sum(1).reciprocal().view(-1, 1, 1)
+            p = eye.expand_as(cov)
+            for _ in range(5):
+                p = 1.5 * p - 0.5 * torch.matrix_power(p, 3) @ (cov * share)
+            batch_w = p * share.sqrt()
+            with torch.no_grad():
+                mean.lerp_(batch_mean.to(mean.dtype), 0.1)
+                w.lerp_(batch_w.to(w.dtype), 0.1)
+            mean, w = batch_mean, batch_w
+        else:
+            centred = blocks - mean
+        return self.affine((w @ centred).view(moved.shape).transpose(0, 1), x.dtype)
+
+
+_COMPOSED: dict[str, Callable[..., nn.Module]] = {
+    "frn": FRN,
+    "batch_instance": BatchInstance,
+    "batch_renorm": BatchRenorm,
+    "switchable": Switchable,
+    "mean_only": MeanOnly,
+    "eval": Evaluating,
+    "whitening": Whitening,
+}
 
 
 class OverChannels(nn.Module):
@@ -119,8 +269,8 @@ def _torch_norm(case: Case) -> nn.Module:
         return (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[d - 1](channels, affine=True, **options)
     if case.norm == "group":
         return nn.GroupNorm(case.groups, channels, **options)
-    if case.norm in ("frn", "batch_instance"):
-        return (FRN if case.norm == "frn" else BatchInstance)(channels, **options)
+    if case.norm in _COMPOSED:
+        return _COMPOSED[case.norm](channels, **options)
     norm = nn.LayerNorm(channels, **options) if case.norm == "layer" else nn.RMSNorm(channels, **options)
     return OverChannels(norm) if case.dim == 1 else norm
 
@@ -175,6 +325,21 @@ def compiled(mode: str) -> Callable[[Case], nn.Module]:
     return lambda case: _Compiled(eager(case), mode)
 
 
+def _of_dimensions(stem: str, d: int) -> Any:
+    return getattr(nf, f"{stem}{max(d, 1)}d")
+
+
+# (number of spatial dimensions, channels, options) -> layer
+_LAYERS: dict[str, Callable[[int, int, dict[str, Any]], nn.Module]] = {
+    "batch_instance": lambda d, c, o: _of_dimensions("BatchInstanceNormAct", d)(c, **o),
+    "batch_renorm": lambda d, c, o: _of_dimensions("BatchRenormAct", d)(c, warmup_steps=0, r_max_step=0, d_max_step=0, **o),
+    "switchable": lambda d, c, o: _of_dimensions("SwitchNormAct", d)(c, using=("in", "ln", "bn"), **o),
+    "mean_only": lambda d, c, o: _of_dimensions("MeanOnlyBatchNormAct", d)(c, **{k: v for k, v in o.items() if k != "eps"}),
+    "eval": lambda d, c, o: InEvaluation(_of_dimensions("EvalNorm", d)(c, batch_size=32, **o)),
+    "whitening": lambda d, c, o: _of_dimensions("IterNorm", d)(c, min(c, 64), **o),
+}
+
+
 def ours(backend: str) -> Callable[[Case], nn.Module]:
     def make(case: Case) -> nn.Module:
         channels, d = case.channels, len(case.shape) - 2
@@ -191,8 +356,8 @@ def ours(backend: str) -> Callable[[Case], nn.Module]:
             return (nf.InstanceNormAct1d, nf.InstanceNormAct2d, nf.InstanceNormAct3d)[d - 1](channels, affine=True, **options)
         if case.norm == "group":
             return nf.GroupNormAct(case.groups, channels, **options)
-        if case.norm == "batch_instance":
-            return BatchInstanceNorm(channels, **options)
+        if case.norm in _LAYERS:
+            return _LAYERS[case.norm](d, channels, options)
         if case.norm == "frn":
             plain = options | {"act": None} if case.act == "tlu" else options  # its default is TLU
             return (nf.FilterResponseNorm1d, nf.FilterResponseNorm2d, nf.FilterResponseNorm3d)[d - 1](channels, **plain)
@@ -309,9 +474,9 @@ def prepare(provider: Provider, case: Case, device: str, training: bool = True) 
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:
-    """The module's running mean and variance, if it keeps any."""
+    """The module's running mean and variance, or what it keeps in their place, if any."""
     buffers = {name.rpartition(".")[2]: t for name, t in module.named_buffers()}
-    return [buffers[name] for name in ("running_mean", "running_var") if name in buffers]
+    return [buffers[name] for name in ("running_mean", "running_var", "running_std", "running_wm") if name in buffers]
 
 
 def step(module: nn.Module, x: Tensor, residual: Tensor | None, dy: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -48,21 +48,32 @@ def custom_norm_act(
 
     Differentiable in x, residual, act_param and the parameters, twice; deterministic; scope sample_group (G = C).
     """
-    y, _, _ = _run("custom_norm_act", x, rule, parameters or {}, act, act_param, residual, residual_mode, backend)
+    op, parameters = "custom_norm_act", parameters or {}
+    for name, value in parameters.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: parameter {name} must be a Tensor, got {type(value).__name__}")
+    y, _, _ = run_rule(op, x, rule, parameters, act, act_param, residual, residual_mode, backend)
     return y
 
 
-def _run(
+def run_rule(
     op: str,
     x: Tensor,
-    rule: Rule,
-    parameters: Mapping[str, Tensor],
+    rule: Callable[..., tuple[Any, Any]],
+    parameters: Mapping[str, Tensor | None],
     act: ActivationLike,
     act_param: Tensor | None,
     residual: Tensor | None,
     residual_mode: str,
     backend: str | None,
+    *,
+    centred: bool = False,
+    translation: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, mean, var) of a rule on x, (N, C) and positions; ``centred`` and ``translation`` as in `ops.SliceRule`.
+
+    The rule gets ``parameters`` by name, in the moments' type; None stays None.
+    """
     checks.floating(op, x)
     checks.min_dim(op, x, 2)
     fused, act_weight, composed = resolve_act(op, act, act_param, x, x.shape[1])
@@ -75,17 +86,19 @@ def _run(
     added_after = None
     if composed is not None and mode == POST_ACT:
         added_after, residual, mode = residual, None, None
-    names, values = tuple(parameters), tuple(parameters.values())
-    for name, value in parameters.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{op}: parameter {name} must be a Tensor, got {type(value).__name__}")
+    given = {name: value for name, value in parameters.items() if value is not None}
+    absent = dict.fromkeys(name for name, value in parameters.items() if value is None)
+    for name, value in given.items():
         if value.device != x.device:
             raise checks.DeviceError(f"{op}: parameter {name} must be on the input's device {x.device}, got {value.device}")
 
-    def positional(mean: Tensor, var: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return rule(mean, var, **{n: t.to(mean.dtype) if t.is_floating_point() else t for n, t in zip(names, tensors, strict=True)})
+    def positional(mean: Tensor, var: Tensor, *tensors: Tensor) -> tuple[Any, Any]:
+        wide = {n: t.to(mean.dtype) if t.is_floating_point() else t for n, t in zip(given, tensors, strict=True)}
+        return rule(mean, var, **wide, **absent)
 
-    y, mean, var = ops.slice_norm_act(x, positional, values, residual, act_weight, fused, mode, backend)
+    y, mean, var = ops.slice_norm_act(
+        x, ops.SliceRule(positional, centred, translation), tuple(given.values()), residual, act_weight, fused, mode, backend
+    )
     if composed is not None:
         y = composed(y)
         if added_after is not None:
@@ -146,7 +159,7 @@ class CustomNormAct(NormActMixin, nn.Module):
         def with_options(mean: Tensor, var: Tensor, **given: Tensor) -> tuple[Tensor, Tensor]:
             return rule(mean, var, **given, **options)
 
-        y, mean, var = _run(name, input, with_options, tensors, self.act, None, residual, self.residual_mode, self.backend)
+        y, mean, var = run_rule(name, input, with_options, tensors, self.act, None, residual, self.residual_mode, self.backend)
         if self.training and self._update is not None and mean is not None:
             with torch.no_grad():
                 new = type(self)._update(mean, var, **{n: getattr(self, n) for n in self._initial_buffers})  # type: ignore[misc]

@@ -42,6 +42,11 @@ def test_every_name_is_unique() -> None:
         ("GPT-3", "layer", 1, 1),
         ("LLM", "rms", 8, 2),
         ("exotic", "batch_instance", 3, 2),
+        ("exotic", "batch_renorm", 3, 2),
+        ("exotic", "switchable", 3, 2),
+        ("exotic", "mean_only", 3, 2),
+        ("exotic", "eval", 3, 2),
+        ("exotic", "whitening", 3, 2),
     ],
 )
 def test_a_family_has_all_its_shapes(family: str, norm: str, shapes: int, variants: int) -> None:
@@ -131,6 +136,8 @@ def test_quick_is_for_a_cpu() -> None:
         (("add_ln_relu", "16x64"), Case("layer", (16, 64), "relu", "pre_norm")),
         (("rms2d", "2x4x8x8"), Case("rms", (2, 4, 8, 8), dim=1)),
         (("frn_tlu", "2x4x8x8"), Case("frn", (2, 4, 8, 8), "tlu")),
+        (("brn_relu", "2x4x8x8"), Case("batch_renorm", (2, 4, 8, 8), "relu")),
+        (("sn", "2x4x8x8"), Case("switchable", (2, 4, 8, 8))),
         (("bin_add_silu", "2x4x8x8"), Case("batch_instance", (2, 4, 8, 8), "silu", "pre_act")),
     ],
 )

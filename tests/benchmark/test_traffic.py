@@ -162,8 +162,8 @@ def test_table_is_of_these_cases_and_agrees_with_the_formulas() -> None:
     """What the emulation counted is what the formulas say, and two exceptions: a mask may have spare bytes, one for a run that starts on a
     boundary; and the 16 bytes at both ends of a run that starts elsewhere are read whole, with its neighbours' elements."""
     counted = traffic.table()["cases"]
-    sizes = {case.name: case.dtype.itemsize for case in [*MATRIX, *QUICK]}
-    assert counted.keys() == {case.name for case in [*MATRIX, *QUICK]}, "cases have changed: python -m normfused.benchmark.traffic"
+    sizes = {case.name: case.dtype.itemsize for case in [*MATRIX, *QUICK] if case.norm != "whitening"}
+    assert counted.keys() == sizes.keys(), "cases have changed: python -m normfused.benchmark.traffic"
     for name, entries in counted.items():
         for key, entry in entries.items():
             spare = 0.02 if "add+relu" in name else 0

@@ -137,6 +137,14 @@ def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: 
     return steps.apply(p, wide_x, wide_residual, scale, shift, act_weight).to(p.dtype)
 
 
+def activation_gradient(
+    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(dz in the accumulation type, gradient of act_weight): once for both steps of the backward."""
+    dy, x, z_source = _wide(p, dy, x, z_source)  # type: ignore[assignment]
+    return steps.activation_gradient(p, dy, x, z_source, scale, shift, act_weight)
+
+
 def grad_moments(
     p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -166,4 +174,15 @@ def grad_apply(
     return (None if dx is None else dx.to(p.dtype)), dresidual
 
 
-__all__ = ["POST_ACT", "apply", "grad_apply", "grad_moments", "moments", "norm_act", "norm_act_backward", "reads", "unavailable"]
+__all__ = [
+    "POST_ACT",
+    "activation_gradient",
+    "apply",
+    "grad_apply",
+    "grad_moments",
+    "moments",
+    "norm_act",
+    "norm_act_backward",
+    "reads",
+    "unavailable",
+]

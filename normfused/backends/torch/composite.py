@@ -201,7 +201,11 @@ def normalize(
 ) -> Tensor:
     """z, the norm without residual and activation, in x's type (not a half type)."""
     if not batch_statistics:
-        assert running_mean is not None and running_var is not None
+        if running_mean is None or running_var is None:
+            if weight is None:
+                return affine(x, None, bias)
+            # not `affine`: of this ATen has the gradients in two passes
+            running_mean, running_var = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
         mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)
         return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
     if scope == CHANNEL:
