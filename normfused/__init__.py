@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import functional
+from . import diagnostics, functional
 from .activations import ACTIVATIONS, TLU
 from .backends.cuda import set_spare_processors
 from .checks import ArgumentError, DeviceError, DTypeError, ShapeError
@@ -16,6 +16,8 @@ from .norms.group_norm import GroupNormAct
 from .norms.instance_norm import InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d
 from .norms.layer_norm import LayerNormAct
 from .norms.rms_norm import RMSNormAct
+from .rescale import InputBias, RescaledResidual, rescale_init_, rescale_parameter_groups, rescale_schedule
+from .rescalenet import RescaleNet, rescalenet, rescalenet18, rescalenet50, rescalenet_init_
 
 __version__ = "0.1.0"
 
@@ -32,19 +34,30 @@ __all__ = [
     "FilterResponseNorm2d",
     "FilterResponseNorm3d",
     "GroupNormAct",
+    "InputBias",
     "InstanceNormAct1d",
     "InstanceNormAct2d",
     "InstanceNormAct3d",
     "LayerNormAct",
     "RMSNormAct",
+    "RescaleNet",
+    "RescaledResidual",
     "ShapeError",
     "available_backends",
     "backend",
     "define_norm",
+    "diagnostics",
     "explain",
     "functional",
     "get_autocast_policy",
     "get_backend",
+    "rescale_init_",
+    "rescale_parameter_groups",
+    "rescale_schedule",
+    "rescalenet",
+    "rescalenet18",
+    "rescalenet50",
+    "rescalenet_init_",
     "set_autocast_policy",
     "set_backend",
     "set_spare_processors",

@@ -72,6 +72,7 @@ class Report:
             return "-" if value is None else f"{100 * value:.1f} %"
 
         header = ["layer", "activation", "units", "dead", "linear", "mixed", "variance", "of input's", "mean square", "of input's"]
+
         def number(value: float | None) -> str:
             return "-" if value is None else f"{value:.3g}"
 
@@ -224,7 +225,9 @@ class Observation:
             wanted = set(outputs)
             unknown = sorted(wanted - set(modules))
             if unknown:
-                raise ValueError(f"observe: outputs must name modules of the model, got {unknown}; known: {', '.join(filter(None, modules))}")
+                raise ValueError(
+                    f"observe: outputs must name modules of the model, got {unknown}; known: {', '.join(filter(None, modules))}"
+                )
         owners = {id(child): (name, parent) for name, parent in modules.items() for child in parent.children()}
         self._handles = [model.register_forward_pre_hook(self._start)]
         for name, module in modules.items():
@@ -323,9 +326,10 @@ def _kind(module: nn.Module) -> str:
 def observe(model: nn.Module, *, outputs: Outputs | None = None, channel_dim: int = 1) -> Observation:
     """Watch a model's pre-activations while it runs on data of your choice.
 
-    Every activation module that a norm can be fused with is watched, in normfused's layers (the child ``act``, whose input is the
-    norm's output with the residual, if that is added before; callables too) and on its own, `nn.ReLU` first of all. While it is watched a layer runs its activation after
-    the norm instead of fused with it; nothing else changes. A module that runs several times in a forward counts as several layers.
+    Every activation module that a norm can be fused with is watched: in normfused's layers (the child ``act``, whose input is the
+    norm's output with the residual, if that is added before; callables too) and on its own, `nn.ReLU` first of all. A watched layer
+    runs its activation after the norm instead of fused with it; nothing else changes. A module that runs several times in a forward
+    counts as several layers.
 
     Args:
         model: any module, in training or evaluation mode, which is left as it is. Functions (``F.relu``) cannot be seen.

@@ -143,9 +143,10 @@ def _affine_act(
     if residual is not None:
         checks.residual(op, residual, x)
     fused, act_weight, composed = resolve_act(op, act, act_param, x, channels)
-    if composed is not None:
-        z = _run(x, residual, scale, shift, None, None, (IDENTITY, number, residual_scale), backend)
-        y: Tensor = composed(z)
+    if composed is not None or (residual is not None and shift_after is not None):
+        # with a residual the slope is kept as y before the shift, which is then a tensor of its own
+        y: Tensor = _run(x, residual, scale, shift, None, act_weight, (fused, number, residual_scale), backend)
+        y = y if composed is None else composed(y)
         return y if shift_after is None else _run(y, None, None, shift_after, None, None, (IDENTITY, 1.0, 1.0), backend)
     return _run(x, residual, scale, shift, shift_after, act_weight, (fused, number, residual_scale), backend)
 
@@ -255,18 +256,17 @@ class AffineAct(torch.autograd.Function):
             return _compose(x, residual, scale, shift, shift_after, act_weight, static[:3], inplace=True)
         if residual is not None and residual_scale != 1.0:  # the steps add the residual as it is
             residual = residual * residual_scale
-        offset = shift
-        thresholded = shift_after is not None and act.name == "relu"
-        if thresholded:  # relu(z) + d = max(z + d, d): one read and one write
-            assert shift_after is not None
-            offset = shift_after if shift is None else shift.to(accumulation_dtype(x.dtype)) + shift_after
-            act, act_weight = Activation("tlu"), shift_after.contiguous()
+        offset, after = shift, shift_after
+        if shift_after is not None and act.name in ("identity", "relu"):  # one read and one write: relu(z) + d = max(z + d, d)
+            offset, after = shift_after if shift is None else shift.to(accumulation_dtype(x.dtype)) + shift_after, None
+            if act.name == "relu":
+                act, act_weight = Activation("tlu"), shift_after.contiguous()
         mode = None if residual is None else PRE_ACT
         y: Tensor = ops._operator(ops._apply, ops._ops.apply, x)(
             x, residual, _coefficients(x, scale, number), _coefficients(x, offset, 0.0), act_weight, act.name, act.p0, act.p1, mode, backend
         )
-        if shift_after is not None and not thresholded:
-            y = torch.add(y, _over_channels(shift_after, x), out=torch.empty_like(y))
+        if after is not None:
+            y = torch.add(y, _over_channels(after, x), out=torch.empty_like(y))
         return y
 
     @staticmethod
@@ -275,10 +275,11 @@ class AffineAct(torch.autograd.Function):
         act = static[0]
         source: str | None = None
         if act.name != "identity" and residual is not None:
-            exact = act.name == "relu" or x.dtype == accumulation_dtype(x.dtype)  # dz from y is not rounded on its way to the sums
-            source = "y" if shift_after is None and exact and act.derivative_from_y(x.dtype) else "residual"
-        needs_x = ctx.needs_input_grad[2] or (act.name != "identity" and source != "y")
-        ctx.static, ctx.source, ctx.shape = static, source, x.shape
+            # of other activations the CUDA steps want the residual; where y will do without them it is kept, as the next layer keeps it
+            source = "y" if act.derivative_from_y(x.dtype) and (static[3] != "cuda" or _exact_from_y(act, x.dtype)) else "residual"
+        ctx.from_y = source == "y" and (_exact_from_y(act, x.dtype) or static[3] == "torch")
+        needs_x = ctx.needs_input_grad[2] or not (act.name == "identity" or ctx.from_y)
+        ctx.static, ctx.source = static, source
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if needs_x else None, {None: None, "y": output, "residual": residual}[source], scale, shift, act_weight)
         ctx.like = [None if t is None else (t.shape, t.dtype) for t in (scale, shift, shift_after)]
@@ -296,13 +297,13 @@ class AffineAct(torch.autograd.Function):
         dx = dz = dact_weight = sum_dz = sum_dz_x = None
         if act.name == "identity":
             dz = dy
-        elif ctx.source == "y":
+        elif ctx.from_y:
             dz = _from_y(dy, z_source, act)
         elif backend == "torch":
             dz, dact_weight = _from_z(dy, x, z_source, scale, shift, act_weight, ctx.static)
         if dz is None:
             dy = dense(dy, layout_of(x))
-            if z_source is not None and residual_scale != 1.0:
+            if ctx.source == "residual" and residual_scale != 1.0:
                 z_source = z_source * residual_scale
             a, b = _coefficients(x, scale, number), _coefficients(x, shift, 0.0)
             zero, mode = torch.zeros_like(a), None if z_source is None else PRE_ACT
@@ -321,8 +322,10 @@ class AffineAct(torch.autograd.Function):
                 dx = dx.to(dy.dtype)
             if need_scale:
                 zero = torch.zeros(x.shape[:2], dtype=accumulation_dtype(x.dtype), device=x.device)
+                plain = ("identity", 0.0, 0.0, None, backend)
+                upstream = dense(dz if backend == "torch" else dz.to(x.dtype), layout_of(x))
                 sum_dz, sum_dz_x, _ = ops._operator(ops._grad_moments, ops._ops.grad_moments, x)(
-                    dense(dz.to(x.dtype), layout_of(x)), x, None, zero, zero, zero, None, "identity", 0.0, 0.0, None, backend
+                    upstream, x, None, zero, zero, zero, None, *plain
                 )
         dresidual = None
         if need_residual:
@@ -352,10 +355,16 @@ def _scaled(dz: Tensor, scale: Tensor | None, number: float) -> Tensor:
     return dz * number if scale is None else torch.mul(dz, _over_channels(scale, dz), out=torch.empty_like(dz))
 
 
+def _exact_from_y(act: Activation, dtype: torch.dtype) -> bool:
+    """Whether dz needs no wider type than dy's: ReLU passes numbers on or not."""
+    return act.name == "relu" or dtype == accumulation_dtype(dtype)
+
+
 def _from_y(dy: Tensor, y: Tensor, act: Activation) -> Tensor:
     if act.name == "relu":
         return torch.ops.aten.threshold_backward(dy, y, 0)  # type: ignore[no-any-return]
-    return grad_activate_from_y(dy, y, act)
+    wide = accumulation_dtype(dy.dtype)
+    return grad_activate_from_y(dy.to(wide), y.to(wide), act)
 
 
 def _from_z(

@@ -92,6 +92,8 @@ class InputBias(_Act):
         batches: T, how many batches the mean is measured over: 1 (default) as in the paper, 8 as in the authors' code; 0 for never.
         act: an activation in front of it, as `BatchNormAct2d` takes it: what the convolution before returned goes through both in one
             operation (default None).
+        act_last: the activation follows the bias instead, :math:`\mathrm{act}(x + b_c - \mu_c)`: for a stem, whose bias comes after
+            its convolution (default False).
         backend: None (default: the selected one) or a backend's name, for this layer alone.
         device, dtype: of the parameter and ``init_mean``.
 
@@ -111,6 +113,7 @@ class InputBias(_Act):
         batches: int = 1,
         act: ActivationLike = None,
         *,
+        act_last: bool = False,
         backend: str | None = None,
         device: Any = None,
         dtype: Any = None,
@@ -118,7 +121,7 @@ class InputBias(_Act):
         if batches < 0:
             raise ValueError(f"InputBias: batches must be non-negative, got {batches}")
         super().__init__(act, num_features, backend, device, dtype)
-        self.num_features, self.batches = num_features, batches
+        self.num_features, self.batches, self.act_last = num_features, batches, act_last
         self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
         self.register_buffer("init_mean", torch.empty(num_features, device=device, dtype=dtype))
         self.register_buffer("count", torch.empty((), device=device, dtype=torch.int64))
@@ -142,13 +145,14 @@ class InputBias(_Act):
         else:
             shift = self.bias.to(wide) - self.init_mean.to(wide)
         act: ActivationLike = "identity" if self.act is None else self.act
-        return affine_act(input, act=act, shift_after=shift, backend=self.backend)
+        before, after = (shift, None) if self.act_last else (None, shift)
+        return affine_act(input, None, before, act=act, shift_after=after, backend=self.backend)
 
     @torch.no_grad()
     def _measure(self, input: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
         """(the mean so far, which this batch has entered if it is one of the first T; the share of b)."""
         value = input.detach()
-        if self.act is not None:
+        if self.act is not None and not self.act_last:
             value = affine_act(value, act=self.act, backend=self.backend)
         mean = value.mean([d for d in range(value.dim()) if d != 1], dtype=wide)
         old = self.init_mean.to(wide)
@@ -167,7 +171,9 @@ class InputBias(_Act):
             self._steps = int(count)
 
     def extra_repr(self) -> str:
-        return self._repr(str(self.num_features), *((f"batches={self.batches}",) if self.batches != 1 else ()))
+        own = [f"batches={self.batches}"] if self.batches != 1 else []
+        own += ["act_last=True"] if self.act_last else []
+        return self._repr(str(self.num_features), *own)
 
 
 class RescaledResidual(_Act):

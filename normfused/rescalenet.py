@@ -118,7 +118,7 @@ class RescaleNet(nn.Module):
             raise ValueError(f"rescalenet: layers must hold the number of blocks of each stage, at least 1, got {tuple(layers)}")
         large = stem == "imagenet"
         self.conv1 = nn.Conv2d(in_channels, width, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
-        self.bias1, self.relu = InputBias(width, batches, backend=backend), nn.ReLU(inplace=True)
+        self.bias1 = InputBias(width, batches, "relu", act_last=True, backend=backend)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if large else nn.Identity()
         num_blocks, index, channels = sum(layers), 0, width
         self.stages = nn.Sequential()
@@ -137,7 +137,7 @@ class RescaleNet(nn.Module):
         rescalenet_init_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bias1(self.conv1(x))))
+        x = self.maxpool(self.bias1(self.conv1(x)))
         x = self.bias2(self.stages(x)).mean((2, 3))
         y: Tensor = self.fc(self.drop(x))
         return y
