@@ -44,7 +44,7 @@ def affine_act(
         shift: :math:`b`, (C,); None (default) for 0.
         act, act_param, backend: as in `batch_norm_act`.
         residual: :math:`r`, same shape and type as x.
-        residual_scale: :math:`s`, a number (default 1).
+        residual_scale: :math:`s`, a number (default 1). Another one costs a pass over the residual; half types are then run in float32.
         shift_after: :math:`d`, (C,), added after the activation; the input bias of the next layer.
 
     Returns:
@@ -175,6 +175,10 @@ def _run(
     x = dense(x)
     if residual is not None:
         residual = dense(residual, layout_of(x))
+        wide = accumulation_dtype(x.dtype)
+        if numbers[2] != 1.0 and name != "torch" and x.dtype != wide:
+            # the steps add the residual as it is; scaled in a half type it would be rounded once more than y
+            return _run(x.to(wide), residual.to(wide), scale, shift, shift_after, act_weight, numbers, name).to(x.dtype)
     y: Tensor = ops._apply_function(AffineAct, x, residual, scale, shift, shift_after, act_weight, (*numbers, name))
     return y
 
