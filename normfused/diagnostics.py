@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .activations import _MODULES, Composed, weight_of
-from .problem import accumulation_dtype
+from .norms.filter_response_norm import _FilterResponseNorm, filter_response_norm
+from .problem import PRE_ACT, accumulation_dtype
 
 __all__ = ["LayerReport", "Observation", "Report", "diagnose", "observe"]
 
@@ -235,6 +236,8 @@ class Observation:
             # a hook on a fused activation makes its layer compose it after the norm (`from_module`), so that z is seen as it is
             if _is_activation(module):
                 self._handles.append(module.register_forward_pre_hook(self._before(name, module, parent)))
+            if isinstance(module, _FilterResponseNorm) and module.tau is not None:  # has its threshold itself, and no module for it
+                self._handles.append(module.register_forward_pre_hook(self._before_tlu(name), with_kwargs=True))
             if name in wanted:
                 self._handles.append(module.register_forward_hook(self._after(name or type(module).__name__, module)))
 
@@ -261,8 +264,20 @@ class Observation:
             z = arguments[0].detach()
             with torch.no_grad():
                 weight = weight_of(m) if found == "tlu" else None
-                place = self._place(id(m), name, found, found in _BENT)
+                place = self._place(id(m), name or type(m).__name__, found, found in _BENT)
                 place.units.add(place.name, z, dim, None if weight is None else weight.detach().to(z.dtype))
+
+        return hook
+
+    def _before_tlu(self, name: str) -> Callable[..., None]:
+        def hook(m: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x, residual, *_ = (*arguments, *named.values(), None)
+            if m.residual_mode != PRE_ACT:
+                residual = None
+            with torch.no_grad():  # the norm once more without its threshold; it has no statistics that would move
+                z = filter_response_norm(x, m.weight, m.bias, None, m.eps, eps_l=m.eps_l, residual=residual, backend=m.backend)
+                place = self._place(id(m), name or type(m).__name__, "tlu", True)
+                place.units.add(place.name, z, 1, m.tau.detach().to(z.dtype))
 
         return hook
 
