@@ -75,12 +75,12 @@ def train(images: Tensor, steps: int, tick: Callable[[], None]) -> tuple[nn.Modu
     torch.manual_seed(SEED)
     make, judge = generator().to(images.device), critic().to(images.device)
     optimizers = [torch.optim.Adam(m.parameters(), rate, betas=(0.5, 0.9)) for m, rate in ((make, 1e-3), (judge, 1e-3))]
-    held_out, trained_on = images[:500], images[500:]
+    held_out, trained_on = images.tensor_split([min(500, len(images) // 2)])
 
     @torch.no_grad()
     def distance() -> float:
         # before training there are no running statistics yet, so both are measured with those of the batch
-        return energy_distance(make(torch.randn(500, NOISE, device=images.device)), held_out)
+        return energy_distance(make(torch.randn(len(held_out), NOISE, device=images.device)), held_out)
 
     def chosen() -> Tensor:
         return trained_on[torch.randint(len(trained_on), (BATCH,), device=images.device)]
@@ -110,7 +110,7 @@ def picture(make: nn.Module, images: Tensor, history: list[tuple[float, float]],
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained", width_ratios=[1, 1, 1.2])
     for axis, pictures, name in ((axes[0], images[:40], "real"), (axes[1], made, "made")):
         grid = pictures.reshape(8, 5, 14, 14).permute(1, 2, 0, 3).reshape(5 * 14, 8 * 14)
-        axis.imshow(grid.cpu(), cmap="gray", vmin=-1, vmax=1)
+        axis.imshow(grid.cpu().numpy(), cmap="gray", vmin=-1, vmax=1)
         axis.set(title=name, xticks=[], yticks=[])
     for values, name, style in zip(zip(*history, strict=True), ("critic's gap", "gradient penalty"), ("-", "--"), strict=True):
         axes[2].plot(values, style, label=name)

@@ -107,7 +107,7 @@ class Report:
         header, rows = self._cells()
         table = Table()
         for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i < 2 else "right")
+            table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
         for row in rows:
             table.add_row(*row)
         Console().print(table)
