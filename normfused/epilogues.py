@@ -77,6 +77,11 @@ def act_bias(
 
     Reference: Shao et al., *Is normalization indispensable for training deep neural networks?*, NeurIPS 2020.
     """
+    checks.floating("act_bias", x)
+    checks.min_dim("act_bias", x, 2)
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"act_bias: bias must be a Tensor, got {type(bias).__name__}")
+    checks.parameter("act_bias", "bias", bias, x, x.shape[1])
     return _affine_act("act_bias", x, None, None, act, act_param, None, 1.0, bias, backend)
 
 
@@ -111,6 +116,15 @@ def rescaled_residual(
     Reference: Shao et al., *Is normalization indispensable for training deep neural networks?*, NeurIPS 2020.
     """
     op = "rescaled_residual"
+    checks.floating(op, x)
+    checks.min_dim(op, x, 2)
+    if not isinstance(branch, Tensor):
+        raise TypeError(f"{op}: branch must be a Tensor, got {type(branch).__name__}")
+    if branch.shape != x.shape:
+        raise checks.ShapeError(f"{op}: branch must have the input's shape {tuple(x.shape)}, got {tuple(branch.shape)}")
+    if isinstance(beta, Tensor) and beta.numel() != 1:
+        raise checks.ShapeError(f"{op}: beta must have one value, got shape {tuple(beta.shape)}")
+    checks.parameter(op, "next_bias", next_bias, x, x.shape[1])
     if beta is None:
         y = _affine_act(op, x, alpha, None, act, act_param, branch, 1.0, None, backend)
     else:

@@ -162,7 +162,7 @@ class InputBias(_Act):
         self.count.add_(first.to(torch.int64))
         if not torch.compiler.is_compiling() and not (value.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._steps += 1
-        return new, torch.where(first, 0.01, 1.0).to(wide)
+        return new, 1 - 0.99 * first.to(wide)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)

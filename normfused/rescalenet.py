@@ -89,7 +89,9 @@ class RescaleBlock(nn.Module):
                 branch = F.conv2d(branch, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
             if self.drop:
                 branch = F.dropout2d(branch, self.drop, self.training)
-        y: Tensor = self.residual(self.shortcut(x), branch, folded=True)
+        shortcut = self.shortcut(x)
+        # under autocast a branch in a half type meets a shortcut that is x itself
+        y: Tensor = self.residual(shortcut, branch.to(shortcut.dtype), folded=True)
         return y
 
 

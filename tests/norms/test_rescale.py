@@ -174,9 +174,11 @@ def test_outputs_are_memory_of_their_own(act: str, backend: str) -> None:
 def test_errors() -> None:
     x = torch.randn(SHAPE)
     for message, call in {
-        "act_bias: shift_after must have shape (6,)": lambda: NF.act_bias(x, torch.zeros(5)),
+        "act_bias: bias must have shape (6,)": lambda: NF.act_bias(x, torch.zeros(5)),
         "affine_act: scale must have shape (6,)": lambda: NF.affine_act(x, torch.ones(4)),
-        "rescaled_residual: residual must have the input's shape": lambda: NF.rescaled_residual(x, x[:1], 0.5),
+        "rescaled_residual: branch must have the input's shape": lambda: NF.rescaled_residual(x, x[:1], 0.5),
+        "rescaled_residual: beta must have one value, got shape (6,)": lambda: NF.rescaled_residual(x, x, 0.5, torch.ones(6)),
+        "rescaled_residual: next_bias must have shape (6,)": lambda: NF.rescaled_residual(x, x, 0.5, next_bias=torch.ones(3)),
         "InputBias: input must have 6 channels": lambda: nf.InputBias(6)(x[:, :4]),
         "InputBias: batches must be non-negative, got -1": lambda: nf.InputBias(6, -1),
         "RescaledResidual: index must be from 0 to num_blocks - 1 = 3, got 4": lambda: nf.RescaledResidual(4, 4),
@@ -268,6 +270,22 @@ def test_input_bias_is_measured(batches: int, act: str | None, act_last: bool, b
     close("init_mean", layer.init_mean, mean.flatten(), 1e-6)
     layer.eval()(x + 5)
     assert int(layer.count) == batches
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_blocks_under_autocast(dtype: torch.dtype) -> None:
+    """Convolutions in bfloat16, parameters in float32: an identity shortcut keeps its type, and all gradients are there."""
+    torch.manual_seed(0)
+    for block, shape, out in (
+        (RescaleBlock("bottleneck", 8, 4, 1, 3, stride=2), (2, 16, 3, 3), torch.bfloat16),
+        (RescaleBlock("basic", 8, 8, 1, 3), (2, 8, 6, 6), dtype),
+    ):
+        x = torch.randn(2, 8, 6, 6, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = block(x)
+        assert y.dtype == out and y.shape == shape
+        y.float().square().sum().backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.parameters())
 
 
 def test_input_bias_in_evaluation_measures_nothing() -> None:
