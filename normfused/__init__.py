@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import functional
+from . import diagnostics, functional
 from .activations import ACTIVATIONS, TLU
 from .backends.cuda import set_spare_processors
 from .checks import ArgumentError, DeviceError, DTypeError, ShapeError
@@ -36,6 +36,8 @@ from .norms.mean_only_batch_norm import (
 from .norms.rms_norm import RMSNormAct
 from .norms.switch_norm import SwitchNormAct1d, SwitchNormAct2d, SwitchNormAct3d
 from .norms.sync_batch_norm import SyncBatchNormAct
+from .rescale import InputBias, RescaledResidual, rescale_init_, rescale_parameter_groups, rescale_schedule
+from .rescalenet import RescaleNet, rescalenet, rescalenet18, rescalenet50, rescalenet_init_
 
 __version__ = "0.1.0"
 
@@ -61,6 +63,7 @@ __all__ = [
     "FilterResponseNorm2d",
     "FilterResponseNorm3d",
     "GroupNormAct",
+    "InputBias",
     "InstanceNormAct1d",
     "InstanceNormAct2d",
     "InstanceNormAct3d",
@@ -72,6 +75,8 @@ __all__ = [
     "MeanOnlyBatchNormAct2d",
     "MeanOnlyBatchNormAct3d",
     "RMSNormAct",
+    "RescaleNet",
+    "RescaledResidual",
     "ShapeError",
     "SwitchNormAct1d",
     "SwitchNormAct2d",
@@ -82,6 +87,7 @@ __all__ = [
     "clamp_gates_",
     "data_dependent_init",
     "define_norm",
+    "diagnostics",
     "explain",
     "fold_mean_only_batch_norm",
     "functional",
@@ -89,6 +95,13 @@ __all__ = [
     "gates",
     "get_autocast_policy",
     "get_backend",
+    "rescale_init_",
+    "rescale_parameter_groups",
+    "rescale_schedule",
+    "rescalenet",
+    "rescalenet18",
+    "rescalenet50",
+    "rescalenet_init_",
     "set_autocast_policy",
     "set_backend",
     "set_spare_processors",

@@ -1,5 +1,6 @@
 """The norms as functions, in the argument order of `torch.nn.functional`; new arguments are keyword-only."""
 
+from .epilogues import act_bias, affine_act, rescaled_residual
 from .norms.batch_instance_norm import batch_instance_norm_act
 from .norms.batch_norm import batch_norm_act
 from .norms.batch_renorm import batch_renorm_act
@@ -16,6 +17,8 @@ from .norms.switch_norm import switch_norm_act
 from .norms.sync_batch_norm import sync_batch_norm_act
 
 __all__ = [
+    "act_bias",
+    "affine_act",
     "batch_instance_norm_act",
     "batch_norm_act",
     "batch_renorm_act",
@@ -27,6 +30,7 @@ __all__ = [
     "iter_norm_act",
     "layer_norm_act",
     "mean_only_batch_norm_act",
+    "rescaled_residual",
     "rms_norm_act",
     "switch_norm_act",
     "sync_batch_norm_act",
