@@ -22,6 +22,8 @@ from .backends.weights import View, view_of
 
 __all__ = ["Spectral", "Weighted", "spectral_norm", "weight_norm"]
 
+# Elements of a row that a block of the device goes over by itself; longer ones, of whole weights (dim=None), are ATen's (unmeasured)
+_LONGEST_ROW = 1 << 18
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -60,11 +62,7 @@ def _backend(weight: Tensor, *others: Tensor) -> str | None:
     if any(t.dtype != weight.dtype or t.device != weight.device for t in others):
         return None
     name = dispatch.choose(weight.device.type, weight.dtype)
-    if name == "reference":
-        return None
-    if not hasattr(dispatch.load(name), "has_weights"):
-        return "torch"
-    return name
+    return None if name == "reference" else name
 
 
 def _steps(backend: str) -> Any:
@@ -152,6 +150,8 @@ def weight_norm(of: Sequence[Weighted]) -> list[Tensor]:
         if view is None:
             made[i] = formulas.weight_norm(g, v, dim)
         else:
+            if view.columns > _LONGEST_ROW:
+                backend = "torch"
             together[backend, v.device, v.dtype].append((i, view, g.contiguous(), v))
     for (backend, _, _), members in together.items():
         places, views, gs, vs = zip(*members, strict=True)

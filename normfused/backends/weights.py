@@ -31,12 +31,14 @@ weight's type. What is returned is new and lies as its weight does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["View", "view_of"]
+__all__ = ["View", "of_used", "view_of"]
 
 LARGEST = 2**31 - 1  # elements of a weight: kernels count them in 32 bits
 
@@ -87,3 +89,11 @@ def _view(shape: tuple[int, ...], strides: tuple[int, ...], dim: int | None, ord
             return None
         period = shape[order[0]]
     return View(dim, numel // (rows * inner), rows, inner, period)
+
+
+def of_used(values: Tensor, sizes: Sequence[int], used: Sequence[int]) -> Tensor:
+    """Of the values of all weights, one after the other, those of some: a copy only where some are left out."""
+    if len(used) == len(sizes):
+        return values
+    parts = values.split(list(sizes))
+    return torch.cat([parts[i] for i in used])
