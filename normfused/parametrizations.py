@@ -60,7 +60,7 @@ class _WeightNorm(_Shared):
         super().__init__()
         self.dim = dim
 
-    def request(self, original: parametrize.ParametrizationList) -> Weighted:
+    def request(self, original: Any) -> Weighted:
         return Weighted(original.original0, original.original1, self.dim)
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class _SpectralNorm(_Shared):
         iterations = self.n_power_iterations if self.training else 0
         return Spectral(weight, self._u, self._v, self.dim, iterations, self.eps)
 
-    def request(self, original: parametrize.ParametrizationList) -> Spectral | None:
+    def request(self, original: Any) -> Spectral | None:
         return self._request(original.original) if original.original.dim() > 1 else None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -200,9 +200,7 @@ def _weight_of(module: nn.Module, name: str, function: str) -> Tensor:
 
 def _dimension(dim: int, weight: Tensor) -> int:
     if not -weight.dim() <= dim < weight.dim():
-        raise IndexError(
-            f"Dimension out of range (expected to be in range of [{-weight.dim()}, {weight.dim() - 1}], but got {dim})"
-        )
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-weight.dim()}, {weight.dim() - 1}], but got {dim})")
     return dim % weight.dim()
 
 
@@ -228,7 +226,7 @@ class _LegacyKeys:
                     state_dict[renamed] = state_dict.pop(key)
 
 
-def _parametrizations(module: nn.Module, name: str) -> Any:
+def _parametrizations(module: Any, name: str) -> Any:
     """The ParametrizationList of a parameter, or nothing to go over."""
     return module.parametrizations[name] if parametrize.is_parametrized(module, name) else ()
 
@@ -285,6 +283,11 @@ class _Together:
         self.root.register_forward_hook(self.after, always_call=True)
 
 
+def _owner(hook: Any) -> _Together | None:
+    owner = hook.__self__ if isinstance(hook, types.MethodType) else None
+    return owner if isinstance(owner, _Together) else None
+
+
 Select = Callable[[str, nn.Module], bool]
 
 
@@ -310,7 +313,7 @@ def weight_norm_model(model: nn.Module, name: str = "weight", dim: int | None = 
     def normalise(layer: nn.Module) -> None:
         weight_norm(layer, name, dim)
 
-    def take_over(theirs: nn.Module) -> nn.Module:
+    def take_over(theirs: Any) -> nn.Module:
         return _WeightNorm(None if theirs.dim == -1 else int(theirs.dim))
 
     layers = _layers(model, name, select, "weight_norm_model")
@@ -349,7 +352,7 @@ def spectral_norm_model(
     def normalise(layer: nn.Module) -> None:
         spectral_norm(layer, name, n_power_iterations, eps, dim)
 
-    def take_over(theirs: nn.Module) -> nn.Module:
+    def take_over(theirs: Any) -> nn.Module:
         ours = _SpectralNorm(theirs.dim, getattr(theirs, "n_power_iterations", n_power_iterations), theirs.eps)
         ours._buffers.update(theirs._buffers)
         return ours.train(theirs.training)
@@ -388,10 +391,10 @@ def _parametrize(
     normalise: Callable[[nn.Module], None],
     ours: type[nn.Module],
     theirs: type[nn.Module],
-    take_over: Callable[[nn.Module], nn.Module],
+    take_over: Callable[[Any], nn.Module],
 ) -> None:
     """Layers that share a parameter share what takes its place."""
-    first: dict[int, tuple[Tensor, parametrize.ParametrizationList]] = {}
+    first: dict[int, tuple[Tensor, Any]] = {}
     for layer in layers:
         of_layer = _parametrizations(layer, name)
         if len(of_layer):
@@ -403,10 +406,11 @@ def _parametrize(
         weight = getattr(layer, name, None)
         normalise(layer)
         assert isinstance(weight, Tensor)
-        _, shared = first.setdefault(id(weight), (weight, layer.parametrizations[name]))  # type: ignore[index]
-        if shared is not layer.parametrizations[name]:  # type: ignore[index]
+        of_layer = _parametrizations(layer, name)
+        _, shared = first.setdefault(id(weight), (weight, of_layer))
+        if shared is not of_layer:
             for parameter, value in shared._parameters.items():
-                layer.parametrizations[name].register_parameter(parameter, value)  # type: ignore[index,union-attr]
+                of_layer.register_parameter(parameter, value)
 
 
 def remove_weight_norm(model: nn.Module) -> nn.Module:
@@ -443,13 +447,14 @@ def _remove(model: nn.Module, kind: type[nn.Module], function: str) -> nn.Module
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, types.MethodType) and isinstance(hook.__self__, _Together) and hook.__self__.compute is compute:
+                owner = _owner(hook)
+                if owner is not None and owner.compute is compute:
                     del hooks[key]
                     module._forward_hooks_always_called.pop(key, None)
     plain: dict[tuple[int, ...], Tensor] = {}
     kept = []  # so that no other parameter gets the number of one that is gone
     for module, name in found:
-        originals = tuple(module.parametrizations[name]._parameters.values())  # type: ignore[index,union-attr]
+        originals = tuple(_parametrizations(module, name)._parameters.values())
         kept.append(originals)
         parametrize.remove_parametrizations(module, name)
         same = plain.setdefault(tuple(map(id, originals)), getattr(module, name))
@@ -458,11 +463,12 @@ def _remove(model: nn.Module, kind: type[nn.Module], function: str) -> nn.Module
     return model
 
 
-def _all_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _all_of(model: nn.Module) -> Iterator[tuple[Any, str, nn.Module]]:
     """(layer, name of the parameter, its first parametrization)."""
+    module: Any
     for module in model.modules():
         if parametrize.is_parametrized(module):
-            for name, of_layer in module.parametrizations.items():  # type: ignore[operator,union-attr]
+            for name, of_layer in module.parametrizations.items():
                 yield module, name, of_layer[0]
 
 
@@ -488,19 +494,19 @@ def init_weight_norm(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     Reference: Salimans & Kingma 2016 (arXiv 1602.07868), section 3.
     """
-    layers = [(m, name) for m, name, p in _all_of(model) if isinstance(p, _WeightNorm) and name == "weight" and isinstance(m, _LAYERS)]
+    layers = [m for m, name, p in _all_of(model) if isinstance(p, _WeightNorm) and name == "weight" and isinstance(m, _LAYERS)]
     if not layers:
         raise ValueError(f"init_weight_norm: model must have weight-normalised linear layers or convolutions, got {type(model).__name__}")
-    for layer, name in layers:
-        g = layer.parametrizations[name].original0  # type: ignore[index,union-attr]
+    for layer in layers:
+        g, dim = layer.parametrizations.weight.original0, layer.parametrizations.weight[0].dim
         channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-        if g.numel() != channels or layer.parametrizations[name][0].dim != _output_dim(layer):  # type: ignore[index,union-attr]
+        if g.numel() != channels or dim != _output_dim(layer):
             raise ValueError(
                 f"init_weight_norm: g must have a value for each of the {channels} output channels (dim={_output_dim(layer)} of "
-                f"{type(layer).__name__}, groups=1 if transposed), got {g.numel()} along dim={layer.parametrizations[name][0].dim}"  # type: ignore[index,union-attr]
+                f"{type(layer).__name__}, groups=1 if transposed), got {g.numel()} along dim={dim}"
             )
     handles = []
-    waiting = {id(layer) for layer, _ in layers}
+    waiting = {id(layer) for layer in layers}
 
     def set_from(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         if id(layer) not in waiting:
@@ -508,9 +514,9 @@ def init_weight_norm(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         waiting.remove(id(layer))
         return _set_from(layer, output)
 
-    together = [h.__self__ for m in model.modules() for h in m._forward_pre_hooks.values() if isinstance(getattr(h, "__self__", None), _Together)]  # fmt: skip
+    together = [owner for m in model.modules() for hook in m._forward_pre_hooks.values() if (owner := _owner(hook)) is not None]
     try:
-        for layer, _ in layers:
+        for layer in layers:
             handles.append(layer.register_forward_hook(set_from))
         for group in together:  # a layer that is used again must see its new g
             group.depth += 1
@@ -526,9 +532,9 @@ def _output_dim(layer: nn.Module) -> int:
     return 1 if isinstance(layer, _TRANSPOSED) else 0
 
 
-def _set_from(layer: nn.Module, output: Tensor) -> Tensor:
-    g, bias = layer.parametrizations.weight.original0, layer.bias  # type: ignore[union-attr]
-    channel = -1 if isinstance(layer, nn.Linear) else output.dim() - layer.weight.dim() + 1  # type: ignore[operator]
+def _set_from(layer: Any, output: Tensor) -> Tensor:
+    g, bias = layer.parametrizations.weight.original0, layer.bias
+    channel = -1 if isinstance(layer, nn.Linear) else output.dim() - layer.weight.dim() + 1
     t = output.to(accumulation_dtype(output.dtype)).movedim(channel, -1)
     if bias is not None:
         t = t - bias

@@ -65,6 +65,11 @@ def _backend(weight: Tensor, *others: Tensor) -> str | None:
     return None if name == "reference" else name
 
 
+def _whole_in_aten(v: Tensor, dim: int | None) -> bool:
+    """Whether ATen has a kernel with autograd of its own, which costs less than an autograd Function; that of float16 rounds norms."""
+    return v.dim() > 1 and dim in (0, v.dim() - 1) and v.dtype != torch.float16 and v.device.type == "cpu" and v.is_contiguous()
+
+
 def _steps(backend: str) -> Any:
     return import_module(f"{__package__}.backends.{backend}.weights")
 
@@ -106,7 +111,8 @@ class _WeightNorm(torch.autograd.Function):
 class _SpectralNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, backend: str, views: Sequence[View], us: Sequence[Tensor], vs: Sequence[Tensor], iterations: int, eps: float, *weights: Tensor
+        ctx: Any, backend: str, views: Sequence[View], us: Sequence[Tensor], vs: Sequence[Tensor], iterations: int, eps: float,
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         normalised, saved = _steps(backend).spectral_norm(views, weights, us, vs, iterations, eps)
         ctx.save_for_backward(*weights, *saved)
@@ -131,6 +137,11 @@ class _SpectralNorm(torch.autograd.Function):
         return (None,) * 6 + tuple(found)
 
 
+def _apply(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    made: tuple[Tensor, ...] = function.apply(*arguments)
+    return made
+
+
 def weight_norm(of: Sequence[Weighted]) -> list[Tensor]:
     """The normalised weights, as many launches for all as for one of each device and type.
 
@@ -149,13 +160,15 @@ def weight_norm(of: Sequence[Weighted]) -> list[Tensor]:
             view = view_of(v, dim)
         if view is None:
             made[i] = formulas.weight_norm(g, v, dim)
+        elif backend == "torch" and _whole_in_aten(v, dim):
+            made[i] = torch._weight_norm(v, g, dim)  # type: ignore[arg-type]
         else:
             if view.columns > _LONGEST_ROW:
                 backend = "torch"
             together[backend, v.device, v.dtype].append((i, view, g.contiguous(), v))
     for (backend, _, _), members in together.items():
         places, views, gs, vs = zip(*members, strict=True)
-        for i, weight in zip(places, _WeightNorm.apply(backend, views, *gs, *vs), strict=True):
+        for i, weight in zip(places, _apply(_WeightNorm, backend, views, *gs, *vs), strict=True):
             made[i] = weight
     return made  # type: ignore[return-value]
 
@@ -182,6 +195,6 @@ def spectral_norm(of: Sequence[Spectral]) -> list[Tensor]:
             together[backend, weight.device, weight.dtype, iterations, eps].append((i, view, weight, u, v))
     for (backend, _, _, iterations, eps), members in together.items():
         places, views, weights, us, vs = zip(*members, strict=True)
-        for i, weight in zip(places, _SpectralNorm.apply(backend, views, us, vs, iterations, eps, *weights), strict=True):
+        for i, weight in zip(places, _apply(_SpectralNorm, backend, views, us, vs, iterations, eps, *weights), strict=True):
             made[i] = weight
     return made  # type: ignore[return-value]

@@ -155,7 +155,12 @@ def test_traffic_of_spectral_norm(dtype: torch.dtype, machine: Machine) -> None:
 def test_wide_accesses(machine: Machine) -> None:
     """Aligned rows are asked for in 16 bytes a thread: 512 bytes a request of a warp."""
     forward, backward = counted(lambda between: weight_norm({"rows": Shape((64, 512))}, torch.bfloat16, between), machine)
-    for counters, tensor, what in ((forward, "v0", "read"), (forward, "w0", "write"), (backward, "dw0", "read"), (backward, "dv0", "write")):
+    for counters, tensor, what in (
+        (forward, "v0", "read"),
+        (forward, "w0", "write"),
+        (backward, "dw0", "read"),
+        (backward, "dv0", "write"),
+    ):
         found = counters["tensors"][tensor]
         assert found[f"{what}_bytes"] == 512 * found[f"{what}_requests"], (tensor, found)
 

@@ -23,7 +23,14 @@ KINDS = ["weight_norm", "spectral_norm"]
 
 def network(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    layers = [nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.2), nn.ConvTranspose2d(8, 4, 4, 2), nn.LeakyReLU(0.2), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)]
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        nn.LeakyReLU(0.2),
+        nn.ConvTranspose2d(8, 4, 4, 2),
+        nn.LeakyReLU(0.2),
+        nn.Flatten(),
+        nn.Linear(4 * 14 * 14, 5),
+    ]
     return nn.Sequential(*layers).to(DEVICE)
 
 

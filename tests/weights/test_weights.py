@@ -121,7 +121,9 @@ def test_gradients_of_some(backend: str) -> None:
     made = weights.weight_norm(requests)
     (made[1].square().sum() + made[3].sum()).backward()
     assert all(t.grad is None for i in (0, 2) for t in requests[i][:2]) and requests[3].v.grad is None
-    alone = weighted(shapes[1], torch.float32)._replace(v=requests[1].v.detach().requires_grad_(), g=requests[1].g.detach().requires_grad_())
+    alone = weighted(shapes[1], torch.float32)._replace(
+        v=requests[1].v.detach().requires_grad_(), g=requests[1].g.detach().requires_grad_()
+    )
     weights.weight_norm([alone])[0].square().sum().backward()
     assert torch.equal(alone.v.grad, requests[1].v.grad) and torch.equal(alone.g.grad, requests[1].g.grad)  # type: ignore[arg-type]
     spectrals = [spectral(shape, torch.float32) for shape in shapes]
@@ -193,7 +195,9 @@ def test_halves_of_any_size(backend: str) -> None:
 
 def test_mixed_types_and_orders(backend: str) -> None:
     """One call for all: grouped by type, in the order given."""
-    requests = [weighted(SHAPES[name], dtype) for name in ("linear", "transposed") for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    requests = [
+        weighted(SHAPES[name], dtype) for name in ("linear", "transposed") for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    ]
     for request, w in zip(requests, weights.weight_norm(requests), strict=True):
         assert torch.equal(w, weights.weight_norm([request])[0])
     for made in weights.weight_norm([requests[0]._replace(g=requests[0].g.detach().double())]):  # g of another type

@@ -24,7 +24,8 @@ def norm(v: Tensor, dim: int | None) -> Tensor:
     across = _rows(v, dim)
     if not across:  # vector_norm takes an empty list for all dimensions
         return v.abs()
-    return torch.linalg.vector_norm(v, dim=across, keepdim=dim is not None)
+    length: Tensor = torch.linalg.vector_norm(v, dim=across, keepdim=dim is not None)
+    return length
 
 
 def weight_norm(g: Tensor, v: Tensor, dim: int | None) -> Tensor:
@@ -48,7 +49,8 @@ def matrix_of(weight: Tensor, dim: int) -> Tensor:
 
 
 def unit(vector: Tensor, eps: float) -> Tensor:
-    return vector / torch.linalg.vector_norm(vector).clamp_min(eps)
+    length: Tensor = torch.linalg.vector_norm(vector)
+    return vector / length.clamp_min(eps)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def weight_norm(views: Sequence[View], gs: Sequence[Tensor], vs: Sequence[Tensor
     weights, norms = [], []
     for view, g, v in zip(views, gs, vs, strict=True):
         if _has_kernel(view, v):
-            weight, norm = torch._weight_norm_interface(v, g, view.dim)
+            weight, norm = torch.ops.aten._weight_norm_interface(v, g, view.dim)
         else:
             weight, norm = formulas.weight_norm(g, v, view.dim), g.new_empty(0)
         weights.append(weight)

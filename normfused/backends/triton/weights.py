@@ -297,7 +297,9 @@ class _Table:
     def of(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
         return tuple(t.data_ptr() for t in tensors[self.first : self.first + len(self.views)])
 
-    def launch(self, kernel: Any, programs_of: Callable[[View], int], arguments: Callable[[tuple[int, ...]], Any], **constants: Any) -> None:
+    def launch(
+        self, kernel: Any, programs_of: Callable[[View], int], arguments: Callable[[tuple[int, ...]], Any], **constants: Any
+    ) -> None:
         programs = [programs_of(view) for view in self.views]
         launch(kernel, sum(programs), *arguments(_before(programs)), **self.constants, **constants)
 
@@ -412,9 +414,7 @@ def spectral_norm_backward(
     with on_device_of(weights[0]):
         for x in _tables(part, weights[0].dtype):
             dw, weight, dweight = x.of(dws), x.of(used_weights), x.of(found)
-            x.launch(
-                inner_product_kernel, _chunks, lambda firsts, h=(dw, weight), z=(x.numels,): (*h, firsts, *z, sums), CHUNK=_CHUNK
-            )
+            x.launch(inner_product_kernel, _chunks, lambda firsts, h=(dw, weight), z=(x.numels,): (*h, firsts, *z, sums), CHUNK=_CHUNK)
             sizes = (x.As, x.Rs, x.Bs, x.periods, x.first_rows, x.first_columns, x.numbers)
             x.launch(
                 spectral_gradient_kernel, _chunks, lambda firsts, h=(dw, dweight), z=sizes: (*h, firsts, *z, sums, u, v, sigmas), CHUNK=_CHUNK
