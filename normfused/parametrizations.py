@@ -44,13 +44,17 @@ class _Shared(nn.Module):
 
     _ready: Tensor | None = None  # no buffer: it lives as long as a forward of the model
 
+    def request(self, original: Any) -> Weighted | Spectral | None:
+        """What is to be computed for a ParametrizationList, None if there is nothing to be shared."""
+        raise NotImplementedError
+
     def _use(self, weight: Tensor | None) -> None:
         self.__dict__["_ready"] = weight
 
-    def _computed(self, original: Tensor) -> Tensor | None:
+    def _computed(self, *originals: Tensor) -> Tensor | None:
         """What was computed beforehand, unless the graph that is wanted now was not wanted then."""
         ready = self._ready
-        if ready is None or (original.requires_grad and not ready.requires_grad and torch.is_grad_enabled()):
+        if ready is None or (not ready.requires_grad and torch.is_grad_enabled() and any(t.requires_grad for t in originals)):
             return None
         return ready
 
@@ -64,7 +68,7 @@ class _WeightNorm(_Shared):
         return Weighted(original.original0, original.original1, self.dim)
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
-        ready = self._computed(weight_v)
+        ready = self._computed(weight_g, weight_v)
         return weights.weight_norm([Weighted(weight_g, weight_v, self.dim)])[0] if ready is None else ready
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,7 +253,8 @@ class _Together:
         self.depth += 1
         if self.depth > 1:
             return
-        found, requests = [], []
+        found: list[_Shared] = []
+        requests: list[Any] = []
         for layer, name in self.layers:
             of_layer = _parametrizations(layer, name)
             request = of_layer[0].request(of_layer) if len(of_layer) and isinstance(of_layer[0], _Shared) else None
@@ -494,7 +499,7 @@ def init_weight_norm(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
     Reference: Salimans & Kingma 2016 (arXiv 1602.07868), section 3.
     """
-    layers = [m for m, name, p in _all_of(model) if isinstance(p, _WeightNorm) and name == "weight" and isinstance(m, _LAYERS)]
+    layers: list[Any] = [m for m, name, p in _all_of(model) if isinstance(p, _WeightNorm) and name == "weight" and isinstance(m, _LAYERS)]
     if not layers:
         raise ValueError(f"init_weight_norm: model must have weight-normalised linear layers or convolutions, got {type(model).__name__}")
     for layer in layers:

@@ -65,11 +65,6 @@ def _backend(weight: Tensor, *others: Tensor) -> str | None:
     return None if name == "reference" else name
 
 
-def _whole_in_aten(v: Tensor, dim: int | None) -> bool:
-    """Whether ATen has a kernel with autograd of its own, which costs less than an autograd Function; that of float16 rounds norms."""
-    return v.dim() > 1 and dim in (0, v.dim() - 1) and v.dtype != torch.float16 and v.device.type == "cpu" and v.is_contiguous()
-
-
 def _steps(backend: str) -> Any:
     return import_module(f"{__package__}.backends.{backend}.weights")
 
@@ -82,6 +77,8 @@ def _like(gradient: Tensor | None, weight: Tensor) -> Tensor | None:
 
 
 class _WeightNorm(torch.autograd.Function):
+    """Not ``torch._weight_norm``, whose gradient of the gradient is wrong in torch 2.13 (it fails gradgradcheck)."""
+
     @staticmethod
     def forward(ctx: Any, backend: str, views: Sequence[View], *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(views)
@@ -160,8 +157,6 @@ def weight_norm(of: Sequence[Weighted]) -> list[Tensor]:
             view = view_of(v, dim)
         if view is None:
             made[i] = formulas.weight_norm(g, v, dim)
-        elif backend == "torch" and _whole_in_aten(v, dim):
-            made[i] = torch._weight_norm(v, g, dim)  # type: ignore[arg-type]
         else:
             if view.columns > _LONGEST_ROW:
                 backend = "torch"

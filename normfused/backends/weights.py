@@ -95,5 +95,7 @@ def of_used(values: Tensor, sizes: Sequence[int], used: Sequence[int]) -> Tensor
     """Of the values of all weights, one after the other, those of some: a copy only where some are left out."""
     if len(used) == len(sizes):
         return values
+    if not used:
+        return values[:0]
     parts = values.split(list(sizes))
     return torch.cat([parts[i] for i in used])

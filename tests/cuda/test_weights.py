@@ -71,6 +71,31 @@ def test_orders_and_races(norm: Callable[..., list[Tensor]], dtype: torch.dtype,
             assert not machine.message()
 
 
+def test_every_barrier_is_missed(machine: Machine) -> None:
+    """A race or another result in some order, whichever barrier of weights.cuh does nothing."""
+    norms = (weight_norm, spectral_norm)
+    shapes = {name: ALL[name] for name in ("linear", "transposed", "transposed, wide kernel", "columns", "rows of a block")}
+    with machine.mode():
+        right = [norm(shapes, torch.float32) for norm in norms]
+        places = [s for s in machine.sites() if s["file"].endswith("weights.cuh")]
+    assert len(places) == 4
+
+    def noticed(place: dict[str, Any]) -> bool:
+        for order, seed in [("forward", 0), *ORDERS]:
+            with machine.mode(order, seed=seed, races=True):
+                machine.skip("weights.cuh", place["line"])
+                try:
+                    made = [norm(shapes, torch.float32) for norm in norms]
+                except RuntimeError:
+                    return True
+                if any(not torch.equal(a, b) for one, other in zip(made, right, strict=True) for a, b in zip(one, other, strict=True)):
+                    return True
+        return False
+
+    for place in places:
+        assert noticed(place), place
+
+
 def test_not_aligned() -> None:
     """Tensors that start off a 16-byte boundary take single elements, with the same results but for the order of sums."""
     for norm in (weight_norm, spectral_norm):

@@ -297,11 +297,10 @@ class _Table:
     def of(self, tensors: Sequence[Tensor]) -> tuple[int, ...]:
         return tuple(t.data_ptr() for t in tensors[self.first : self.first + len(self.views)])
 
-    def launch(
-        self, kernel: Any, programs_of: Callable[[View], int], arguments: Callable[[tuple[int, ...]], Any], **constants: Any
-    ) -> None:
+    def launch(self, kernel: Any, programs_of: Callable[[View], int], tables: Sequence[Any], *others: Any, **constants: Any) -> None:
+        """The kernel's arguments are ``tables`` of addresses, the first program of each weight, and what follows."""
         programs = [programs_of(view) for view in self.views]
-        launch(kernel, sum(programs), *arguments(_before(programs)), **self.constants, **constants)
+        launch(kernel, sum(programs), *tables, _before(programs), *others, **self.constants, **constants)
 
 
 def _before(sizes: Sequence[int], first: int = 0) -> tuple[int, ...]:
@@ -341,10 +340,8 @@ def weight_norm(views: Sequence[View], gs: Sequence[Tensor], vs: Sequence[Tensor
     weights = [torch.empty_like(v) for v in vs]
     norms = _numbers(sum(view.R for view in views), vs[0])
     with on_device_of(vs[0]):
-        for table in _tables(views, vs[0].dtype):
-            v, g, w = table.of(vs), table.of(gs), table.of(weights)
-            sizes = (table.As, table.Rs, table.Bs, table.first_rows, norms)
-            table.launch(weight_norm_kernel, _rows, lambda firsts, head=(v, g, w), tail=sizes: (*head, firsts, *tail))
+        for x in _tables(views, vs[0].dtype):
+            x.launch(weight_norm_kernel, _rows, (x.of(vs), x.of(gs), x.of(weights)), x.As, x.Rs, x.Bs, x.first_rows, norms)
     return weights, (norms,)
 
 
@@ -354,16 +351,13 @@ def weight_norm_backward(
     dgs: list[Tensor | None] = [None] * len(views)
     dvs: list[Tensor | None] = [None] * len(views)
     used = [i for i, dw in enumerate(dweights) if dw is not None]
-    if not used:
-        return dgs, dvs
     norms = of_used(saved[0], [view.R for view in views], used)
     dws, used_vs, used_gs = [dweights[i] for i in used], [vs[i] for i in used], [gs[i] for i in used]
     found_dgs, found_dvs = [torch.empty_like(g) for g in used_gs], [torch.empty_like(v) for v in used_vs]
     with on_device_of(vs[0]):
-        for table in _tables([views[i] for i in used], vs[0].dtype):
-            tensors = tuple(table.of(t) for t in (dws, used_vs, used_gs, found_dgs, found_dvs))
-            sizes = (table.As, table.Rs, table.Bs, table.first_rows, norms)
-            table.launch(weight_norm_backward_kernel, _rows, lambda firsts, head=tensors, tail=sizes: (*head, firsts, *tail))
+        for x in _tables([views[i] for i in used], vs[0].dtype):
+            tables = [x.of(tensors) for tensors in (dws, used_vs, used_gs, found_dgs, found_dvs)]
+            x.launch(weight_norm_backward_kernel, _rows, tables, x.As, x.Rs, x.Bs, x.first_rows, norms)
     for i, dg, dv in zip(used, found_dgs, found_dvs, strict=True):
         dgs[i], dvs[i] = dg, dv
     return dgs, dvs
@@ -378,22 +372,14 @@ def spectral_norm(
     with on_device_of(weights[0]):
         for x in _tables(views, weights[0].dtype):
             weight, u, v, w = x.of(weights), x.of(us), x.of(vs), x.of(normalised)
-            sizes = (x.As, x.Rs, x.Bs)
-            starts = (x.first_rows, x.first_columns)
+            sizes, starts = (x.As, x.Rs, x.Bs), (x.first_rows, x.first_columns)
             for i in range(max(iterations, 1)):
-                x.launch(
-                    matvec_kernel, _rows, lambda firsts, h=(weight, v), z=(*sizes, x.periods, *starts): (*h, firsts, *z, t, s, eps), GIVEN=i == 0
-                )  # fmt: skip
+                x.launch(matvec_kernel, _rows, (weight, v), *sizes, x.periods, *starts, t, s, eps, GIVEN=i == 0)
                 if iterations:
-                    x.launch(
-                        transposed_matvec_kernel, _columns, lambda firsts, h=(weight, u), z=(*sizes, *starts): (*h, firsts, *z, t, s, used_u, eps),
-                        COLUMNS=_COLUMNS, ROWS=_ROWS,
-                    )  # fmt: skip
-            x.launch(
-                scale_kernel, _chunks,
-                lambda firsts, h=(weight, u, v, w), z=(*sizes, x.periods, *starts, x.numbers): (*h, firsts, *z, t, s, used_u, used_v, sigmas, eps),
-                ITERATES=iterations > 0, CHUNK=_CHUNK,
-            )  # fmt: skip
+                    others = (*sizes, *starts, t, s, used_u, eps)
+                    x.launch(transposed_matvec_kernel, _columns, (weight, u), *others, COLUMNS=_COLUMNS, ROWS=_ROWS)
+            others = (*sizes, x.periods, *starts, x.numbers, t, s, used_u, used_v, sigmas, eps)
+            x.launch(scale_kernel, _chunks, (weight, u, v, w), *others, ITERATES=iterations > 0, CHUNK=_CHUNK)
     return normalised, (used_u, used_v, sigmas)
 
 
@@ -402,8 +388,6 @@ def spectral_norm_backward(
 ) -> list[Tensor | None]:
     gradients: list[Tensor | None] = [None] * len(views)
     used = [i for i, dw in enumerate(dweights) if dw is not None]
-    if not used:
-        return gradients
     part = [views[i] for i in used]
     u = of_used(saved[0], [view.R for view in views], used)
     v = of_used(saved[1], [view.columns for view in views], used)
@@ -413,12 +397,10 @@ def spectral_norm_backward(
     sums = _numbers(sum(map(_chunks, part)), weights[0])
     with on_device_of(weights[0]):
         for x in _tables(part, weights[0].dtype):
-            dw, weight, dweight = x.of(dws), x.of(used_weights), x.of(found)
-            x.launch(inner_product_kernel, _chunks, lambda firsts, h=(dw, weight), z=(x.numels,): (*h, firsts, *z, sums), CHUNK=_CHUNK)
-            sizes = (x.As, x.Rs, x.Bs, x.periods, x.first_rows, x.first_columns, x.numbers)
-            x.launch(
-                spectral_gradient_kernel, _chunks, lambda firsts, h=(dw, dweight), z=sizes: (*h, firsts, *z, sums, u, v, sigmas), CHUNK=_CHUNK
-            )  # fmt: skip
+            dw = x.of(dws)
+            x.launch(inner_product_kernel, _chunks, (dw, x.of(used_weights)), x.numels, sums, CHUNK=_CHUNK)
+            others = (x.As, x.Rs, x.Bs, x.periods, x.first_rows, x.first_columns, x.numbers, sums, u, v, sigmas)
+            x.launch(spectral_gradient_kernel, _chunks, (dw, x.of(found)), *others, CHUNK=_CHUNK)
     for i, gradient in zip(used, found, strict=True):
         gradients[i] = gradient
     return gradients
