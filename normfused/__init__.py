@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import functional
+from . import functional, parametrizations
 from .activations import ACTIVATIONS, TLU
 from .backends.cuda import set_spare_processors
 from .checks import ArgumentError, DeviceError, DTypeError, ShapeError
@@ -45,6 +45,7 @@ __all__ = [
     "functional",
     "get_autocast_policy",
     "get_backend",
+    "parametrizations",
     "set_autocast_policy",
     "set_backend",
     "set_spare_processors",

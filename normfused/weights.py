@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -65,6 +66,12 @@ def _backend(weight: Tensor, *others: Tensor) -> str | None:
     return None if name == "reference" else name
 
 
+def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Of products with vectors, which autocast would compute in half precision; some devices (meta) have none."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def _steps(backend: str) -> Any:
     return import_module(f"{__package__}.backends.{backend}.weights")
 
@@ -111,7 +118,8 @@ class _SpectralNorm(torch.autograd.Function):
         ctx: Any, backend: str, views: Sequence[View], us: Sequence[Tensor], vs: Sequence[Tensor], iterations: int, eps: float,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        normalised, saved = _steps(backend).spectral_norm(views, weights, us, vs, iterations, eps)
+        with _without_autocast(weights[0]):
+            normalised, saved = _steps(backend).spectral_norm(views, weights, us, vs, iterations, eps)
         ctx.save_for_backward(*weights, *saved)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.views = backend, views
@@ -123,14 +131,15 @@ class _SpectralNorm(torch.autograd.Function):
         n = len(views)
         weights, saved = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
         wanted = [dw if need else None for dw, need in zip(dweights, ctx.needs_input_grad[6:], strict=True)]
-        if torch.is_grad_enabled():
-            us, vs = saved[0].split([w.R for w in views]), saved[1].split([w.columns for w in views])
-            found = [
-                None if dw is None else formulas.spectral_norm_backward(dw, weight, u, v, view.dim)
-                for view, dw, weight, u, v in zip(views, wanted, weights, us, vs, strict=True)
-            ]
-        else:
-            found = _steps(ctx.backend).spectral_norm_backward(views, [*map(_like, wanted, weights)], weights, saved)
+        with _without_autocast(weights[0]):
+            if torch.is_grad_enabled():
+                us, vs = saved[0].split([w.R for w in views]), saved[1].split([w.columns for w in views])
+                found = [
+                    None if dw is None else formulas.spectral_norm_backward(dw, weight, u, v, view.dim)
+                    for view, dw, weight, u, v in zip(views, wanted, weights, us, vs, strict=True)
+                ]
+            else:
+                found = _steps(ctx.backend).spectral_norm_backward(views, [*map(_like, wanted, weights)], weights, saved)
         return (None,) * 6 + tuple(found)
 
 
@@ -184,7 +193,7 @@ def spectral_norm(of: Sequence[Spectral]) -> list[Tensor]:
                 weight = weight.contiguous()
                 view = view_of(weight, dim, ordered=True)
         if view is None:
-            with torch.autocast(weight.device.type, enabled=False):
+            with _without_autocast(weight):
                 made[i] = formulas.spectral_norm(weight, u, v, iterations, eps, dim)
         else:
             together[backend, weight.device, weight.dtype, iterations, eps].append((i, view, weight, u, v))

@@ -39,7 +39,10 @@ WeightScratch scratch_of(WeightStep step, const Weight* weights, int count, Type
         scratch.t += view.R;
         scratch.s += view.columns();
         uint32_t most = 0;
-        for (Cut by : {Cut::rows, Cut::columns, Cut::chunks}) most = std::max(most, std::max(blocks_of(by, view, 1, vector), view.B % vector ? 0 : blocks_of(by, view, vector, vector)));
+        for (Cut by : {Cut::rows, Cut::columns, Cut::chunks}) {  // whether tensors will be aligned is not known yet
+            most = std::max(most, blocks_of(by, view, 1, vector));
+            if (view.B % vector == 0) most = std::max(most, blocks_of(by, view, vector, vector));
+        }
         scratch.sums += most;
     }
     if (step == WeightStep::spectral_norm_backward) scratch.t = scratch.s = 0;
@@ -61,9 +64,10 @@ void declare_weights(WeightStep step, const Weight* weights, int count, const We
         for (int j = 0; j < 5; ++j) {
             const std::string name = names[int(step)][j];
             if (name.empty()) continue;
-            const int64_t elements = name == "g" || name == "dg" || name == "u" ? view.R : step == WeightStep::spectral_norm && name == "v" ? view.columns() : view.numel();
-            const bool vector = step == WeightStep::spectral_norm && (name == "u" || name == "v");
-            const bool written = name == "w" ? !backward : name == "dg" || name == "dv" || name == "dweight" || (vector && args.iterations > 0);
+            const bool kept = step == WeightStep::spectral_norm && (name == "u" || name == "v");  // by the parametrization
+            const bool per_row = name == "g" || name == "dg" || name == "u", per_column = kept && name == "v";
+            const int64_t elements = per_row ? view.R : per_column ? view.columns() : view.numel();
+            const bool written = name == "w" || name == "dg" || name == "dv" || name == "dweight" || (kept && args.iterations > 0);
             declare((name + std::to_string(i)).c_str(), weights[i].tensors[j], elements * size_of(args.type), written);
         }
     }

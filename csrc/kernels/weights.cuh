@@ -9,12 +9,13 @@
 //                    inner_product          sums of dw*W                                                 read dw, W
 //                    spectral_gradient      dW = (dw - <dw, W>/sigma*u v')/sigma                         read dw, write dW
 //
-// With 2W for weight norm and 4W for spectral norm forward, 3W and 4W backward (W: bytes of the weights). A row of weight norm stays in
-// registers if it has at most ``held`` vectors a thread; what is longer is asked for once more. So are rows that are not contiguous
-// (A > 1: transposed convolutions). After an iteration sigma is known from s, so that no third product is needed.
+// That is 2W for weight norm and 4W for spectral norm forward, 3W and 4W backward (W: bytes of the weights). A row of weight norm stays in
+// registers if it has at most ``held_vectors`` a thread, of all tensors together; what follows is asked for once more. So are rows that
+// are not contiguous (A > 1: transposed convolutions). After an iteration sigma is known from s, so that no third product is needed.
 //
-// Instructions per 16 bytes of contiguous rows: two loads or one load and one store, and an element one fma and one multiplication
-// (spectral_gradient: a division of indices beside, some 40 instructions).
+// Per 16 bytes of an aligned row: one load, and one store where something is written; per element a fma to sum it and a multiplication
+// or fma to write it, beside the conversions of 2-byte types. spectral_gradient also divides indices, once a vector (twice for A > 1), and
+// loads v element by element, from L1.
 //
 // Sums: a thread over its elements in order, threads by over_set or halves of a table, blocks by index. Numbers per row and column, and
 // sums of blocks, are of the accumulator's type.
@@ -105,7 +106,7 @@ NF_DEVICE WeightView view_of(const WeightEntry& e) {
 
 // Shared memory: over_set's scratch, then a table
 template <class A> constexpr int table_offset = 32 * int(sizeof(A));
-template <class T> constexpr uint32_t weight_shared_bytes = (32 + weight_threads * vector_size<T>) * sizeof(AccumulatorOf<T>);
+template <class T> constexpr uint32_t weight_shared_bytes = (32 + weight_threads * vector_size<T>)*sizeof(AccumulatorOf<T>);
 
 template <class A> NF_DEVICE A over_block(A value) {
     Sums<A, 1> sum;
@@ -334,9 +335,7 @@ template <class T> struct Columns {
     A scale;
     bool is_given;
 
-    NF_DEVICE A at(uint32_t m) const {
-        return is_given ? A(widen(given.load_coherent(view.column_of(m)))) : scale * s.load_coherent(m);
-    }
+    NF_DEVICE A at(uint32_t m) const { return is_given ? A(widen(given.load_coherent(view.column_of(m)))) : scale * s.load_coherent(m); }
     template <int kLanes> NF_DEVICE void lanes(uint32_t m, A (&to)[kLanes]) const {
         if (kLanes > 1 && is_given && view.period == 0) {
             const Pack<T, kLanes> values = given.template load_coherent<kLanes>(m);

@@ -241,6 +241,7 @@ def test_shared_parameters_stay_shared() -> None:
 def test_gan_step(kind: str, backend: str) -> None:
     """D(real) and D(fake) before one backward, and a gradient penalty, against torch's."""
     mine, other = normalised(kind, ours, True).double(), normalised(kind, theirs).double()
+    mine.load_state_dict(other.state_dict())
     real, fake = batch(4).double(), batch(4).double().requires_grad_()
     gradients = []
     for model in (mine, other):
@@ -337,8 +338,22 @@ def test_distributed() -> None:
 def test_autocast_leaves_the_norm_alone(kind: str, backend: str) -> None:
     model = getattr(ours, f"{kind}_model")(network()).eval()
     expected = model[5].weight
+    (slope,) = torch.autograd.grad(expected.square().sum(), [*model[5].parametrizations.parameters()][-1], create_graph=True)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert torch.equal(model[5].weight, expected) and model(batch()).dtype == torch.bfloat16
+        again = torch.autograd.grad(model[5].weight.square().sum(), [*model[5].parametrizations.parameters()][-1], create_graph=True)[0]
+        same(again, slope)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_devices_and_export(kind: str) -> None:
+    model = getattr(ours, f"{kind}_model")(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, device="meta")))
+    with pytest.raises((RuntimeError, NotImplementedError)):  # of the second layer: it cannot multiply tensors of two devices
+        model(torch.randn(2, 4))
+    assert model[0].weight.device.type == "cpu" and model[1].weight.device.type == "meta"
+    exported = torch.export.export(model[:1].eval(), (torch.randn(2, 4),))
+    x = torch.randn(2, 4)
+    same(exported.module()(x), model[:1](x))
 
 
 # --------------------------------------------------------------------------------------------- initialization from data
