@@ -383,7 +383,7 @@ def test_init_of_layers_without_bias_and_dead_channels() -> None:
     with torch.no_grad():
         model[0].parametrizations.weight.original0[1] = 0
     out = ours.init_weight_norm(model, torch.randn(5, 3, 8))
-    assert out.isfinite().all() and float(model[0].parametrizations.weight.original0[1]) == 0
+    assert out.isfinite().all() and model[0].parametrizations.weight.original0[1].item() == 0
     with pytest.raises(ValueError, match="g must have a value for each of the 6 output channels"):
         ours.init_weight_norm(ours.weight_norm_model(nn.Sequential(nn.ConvTranspose1d(4, 6, 3))), torch.randn(2, 4, 5))
     with pytest.raises(ValueError, match="model must have weight-normalised linear layers or convolutions, got Linear"):

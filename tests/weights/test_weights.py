@@ -20,8 +20,8 @@ EVERY = {**SHAPES, **WEIGHT_ONLY}
 
 
 def chosen(shapes: dict[str, Shape], backend: str, dtype: torch.dtype) -> list[Shape]:
-    """Under the interpreter, which is slow, a third for each type."""
-    return [*shapes.values()] if backend != "triton" else [*shapes.values()][DTYPES.index(dtype) % 3 :: 3]
+    """Under the interpreter, which is slow, a quarter for each type."""
+    return [*shapes.values()] if backend != "triton" else [*shapes.values()][DTYPES.index(dtype) :: 4]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -46,7 +46,7 @@ def test_weight_norm(dtype: torch.dtype, backend: str) -> None:
         close(request.v.grad, v.grad, dtype, terms, p * (1 + terms**0.5))
 
 
-@pytest.mark.parametrize("iterations", [0, 1, 3])
+@pytest.mark.parametrize("iterations", [0, 1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_spectral_norm(dtype: torch.dtype, iterations: int, backend: str) -> None:
     requests = [spectral(shape, dtype, iterations) for shape in chosen(SHAPES, backend, dtype)]
