@@ -74,7 +74,7 @@ test-cuda: env toolkit ## the CUDA kernels: emulated on the CPU, then compiled b
 	set -ex; \
 	$(PY) -m normfused build --emulation; \
 	NORMFUSED_EMULATE=1 $(PY) -m pytest tests/cuda -m "$(MARK)"; \
-	NORMFUSED_EMULATE=1 $(PY) -m pytest tests/norms tests/steps tests/contract; \
+	NORMFUSED_EMULATE=1 $(PY) -m pytest tests/norms tests/steps tests/contract tests/weights; \
 	$(PY) -m normfused build --arch "8.0 9.0"
 
 test-quick: env ## the suite without Triton and benchmarks

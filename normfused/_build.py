@@ -44,6 +44,7 @@ _TARGET_VERSION = "0x020a000000000000"
 # The names that torch.utils.cpp_extension knows, too
 _ARCHITECTURE_NAMES = {"ampere": "8.0 8.6", "ada": "8.9", "hopper": "9.0", "blackwell": "10.0 12.0"}
 _GB_PER_JOB = 1.5
+_OPERATORS = ("ops.cpp", "weights.cpp")  # of csrc/binding, the files that include torch's headers
 
 
 class BuildError(Exception):
@@ -543,7 +544,8 @@ def cuda_steps(machine: Machine, decision: Decision, sources: Path, work: Path, 
     for source in kernels:
         made = _object(work, sources, source)
         steps.append(Step((*nvcc, "-MD", "-MF", f"{made}.d", "-c", str(source), "-o", str(made)), (source,), made))
-    for name, flags in (("ops.cpp", _torch_flags(torch)), ("runtime.cpp", [*cuda, f'-DNF_ARCHITECTURES="{" ".join(map(str, chosen))}"'])):
+    of_runtime = [*cuda, f'-DNF_ARCHITECTURES="{" ".join(map(str, chosen))}"']
+    for name, flags in (*((name, _torch_flags(torch)) for name in _OPERATORS), ("runtime.cpp", of_runtime)):
         steps.append(_host_step([*host, *flags], sources, sources / "binding" / name, work))
     runtime = _toolkit_folder(toolkit, "lib64", "libcudart_static.a")
     objects = tuple(step.output for step in steps)
@@ -559,7 +561,7 @@ def emulation_steps(machine: Machine, headers: Path, sources: Path, work: Path, 
     kernel = [*host, "-std=c++17", "-Wno-unknown-pragmas", "-isystem", str(headers)]
     steps = [_host_step([*kernel, "-x", "c++"], sources, source, work) for source in _kernel_sources(sources)]
     steps += [_host_step(kernel, sources, source, work) for source in sorted((sources / "emulation").glob("simt*.cpp"))]
-    steps.append(_host_step([*host, *_torch_flags(torch)], sources, sources / "binding" / "ops.cpp", work))
+    steps += [_host_step([*host, *_torch_flags(torch)], sources, sources / "binding" / name, work) for name in _OPERATORS]
     steps.append(_host_step([*kernel, '-DNF_ARCHITECTURES="emulation"'], sources, sources / "binding" / "runtime.cpp", work))
     objects = tuple(step.output for step in steps)
     link = (compiler, *map(str, objects), *_link_flags(torch, environment), "-ldl", "-lpthread")

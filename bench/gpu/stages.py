@@ -74,6 +74,7 @@ def stages(names: Iterable[str], folder: Path, device: str = "cuda") -> list[Sta
         found = [
             suite("norms", ["tests/norms"], folder, environment, 300),
             suite("cuda", ["tests/cuda"], folder, environment, 200),
+            suite("weights", ["tests/weights"], folder, environment, 200),
             # names of some of its tests hold addresses, which processes do not share
             suite("contract", ["tests/contract"], folder, environment, 300, parallel=False),
         ]

@@ -2,105 +2,17 @@
 //
 // An operator takes checked, canonical tensors (normfused/backends/__init__.py), allocates what it returns, asks the kernels what they
 // need beside (scratch, arrival words), and runs them on the current stream. Autograd and fake kernels live in normfused/ops.py.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
-#include <vector>
 
 #include "../kernels/steps.h"
 #include "code.h"
 #include "runtime.h"
-
-#ifdef NF_EMULATION
-#define NF_NAMESPACE normfused_emulation
-#define NF_KEY CPU
-#else
-#include <dlfcn.h>
-#define NF_NAMESPACE normfused_cuda
-#define NF_KEY CUDA
-#endif
+#include "tensors.h"
 
 namespace normfused {
 namespace {
-
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-// Not STD_TORCH_CHECK, which puts this file's path before every message
-template <typename... Parts> void require(bool holds, const Parts&... parts) {
-    if (holds) return;
-    std::ostringstream text;
-    (text << ... << parts);
-    throw std::runtime_error(text.str());
-}
-
-void check(AOTITorchError error) { require(error == AOTI_TORCH_SUCCESS, "normfused: LibTorch refused a call of its stable ABI"); }
-
-// ------------------------------------------------------------------------------------------------------------ tensors
-int32_t dtype_of(const Tensor& tensor) {
-    int32_t dtype;
-    check(aoti_torch_get_dtype(tensor.get(), &dtype));
-    return dtype;
-}
-
-const char* name_of(const Tensor& tensor) { return torch::headeronly::toString(tensor.scalar_type()); }
-
-int32_t torch_dtype(Type type) {
-    static const int32_t dtypes[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float16(), aoti_torch_dtype_bfloat16(),
-                                     aoti_torch_dtype_float64()};
-    return dtypes[static_cast<int>(type)];
-}
-
-Type type_of(const Tensor& tensor, const char* op, const char* name) {
-    const int32_t dtype = dtype_of(tensor);
-    for (Type type : {Type::float32, Type::float16, Type::bfloat16, Type::float64}) {
-        if (dtype == torch_dtype(type)) return type;
-    }
-    require(false, op, ": ", name, " must be float32, float16, bfloat16 or float64, got ", name_of(tensor));
-    return Type::float32;
-}
-
-struct Place {
-    int32_t type, index;
-    bool operator==(const Place& other) const { return type == other.type && index == other.index; }
-};
-
-Place place_of(const Tensor& tensor) {
-    Place place;
-    check(aoti_torch_get_device_type(tensor.get(), &place.type));
-    check(aoti_torch_get_device_index(tensor.get(), &place.index));
-    return place;
-}
-
-Tensor empty(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype, Place place) {
-    AtenTensorHandle made = nullptr;
-    check(aoti_torch_empty_strided(dim, sizes, strides, dtype, place.type, place.index, &made));
-    return Tensor(made);
-}
-
-// -------------------------------------------------------------------------------------------------------- the stream
-#ifdef NF_EMULATION
-void* current_stream(int32_t) { return nullptr; }
-#else
-// Not linked: libtorch_cuda exists only where torch has CUDA, and the linker drops what nothing else needs
-void* current_stream(int32_t device) {
-    using Function = AOTITorchError (*)(int32_t, void**);
-    static const auto function = []() -> Function {
-        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-        return library == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
-    }();
-    require(function != nullptr, "normfused: this torch has no CUDA (libtorch_cuda.so is not loaded)");
-    void* stream = nullptr;
-    check(function(device, &stream));
-    return stream;
-}
-#endif
 
 // ------------------------------------------------------------------------------------------------------------- a call
 // One operator's call: the problem that x and the code describe, checks of what is given, outputs, and the launch.
@@ -415,10 +327,6 @@ void set_limits(int64_t processors, int64_t shared_bytes_per_block, int64_t shar
 
 }  // namespace
 }  // namespace normfused
-
-// Macros of torch's: they paste their arguments, so these names are expanded first
-#define NF_LIBRARY(name, library) STABLE_TORCH_LIBRARY(name, library)
-#define NF_IMPLEMENTATION(name, key, library) STABLE_TORCH_LIBRARY_IMPL(name, key, library)
 
 NF_LIBRARY(NF_NAMESPACE, library) {
     library.def(

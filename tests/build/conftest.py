@@ -67,7 +67,7 @@ def copy_tree(to: Path) -> Path:
         shutil.copy(ROOT / name, to)
     shutil.copytree(ROOT / "normfused", to / "normfused", ignore=shutil.ignore_patterns("_lib", "__pycache__"))
     shutil.copytree(ROOT / "csrc" / "binding", to / "csrc" / "binding")
-    for name in ("problem.h", "steps.h"):
+    for name in ("problem.h", "steps.h", "weights.h"):
         shutil.copy(ROOT / "csrc" / "kernels" / name, to / "csrc" / "kernels")
     shutil.copy(HERE / "placeholder.cu", to / "csrc" / "kernels" / "steps.cu")
     (to / "csrc" / "emulation" / "simt.h").write_text("// a test tool\n")

@@ -2,6 +2,7 @@
 #include <cstdio>
 
 #include "steps.h"
+#include "weights.h"
 #ifndef NF_EMULATION
 #include <cuda_runtime.h>
 __global__ void placeholder() {}
@@ -35,5 +36,9 @@ int describe(const Problem& p, Step step, const Needs&, const Limits& limits, bo
     return std::snprintf(text, size, "{\"route\": \"placeholder\", \"step\": %d, \"act\": %d, \"processors\": %d, \"pool\": %s}",
                          static_cast<int>(step), static_cast<int>(p.act), limits.processors, pool ? "true" : "false");
 }
+
+size_t weight_scratch_bytes(WeightStep, const Weight*, int, Type) { return 0; }
+
+int run_weights(WeightStep, const Weight*, int, const WeightArguments&, void*) { return ok; }
 
 }  // namespace normfused

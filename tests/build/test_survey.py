@@ -137,6 +137,7 @@ def test_flags_follow_the_architectures(tmp_path):
         "kernels_steps.cu.o",
         "kernels_instances_float32.cu.o",
         "binding_ops.cpp.o",
+        "binding_weights.cpp.o",
         "binding_runtime.cpp.o",
         "_ops.so",
     ]
