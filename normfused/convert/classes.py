@@ -20,6 +20,7 @@ from ..norms.rms_norm import RMSNormAct
 from .swap import named, record_of
 
 KINDS = ("bn", "in", "gn", "ln", "rms", "frn")
+ALREADY = "is normfused's already"
 TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -92,10 +93,10 @@ def conversion(module: nn.Module) -> Conversion | str:
         record = record_of(module)
         kind = _kind_of(module)
         if record is None or kind is None or module.__dict__.get("act") is not None:
-            return "is normfused's already"
+            return ALREADY
         return Conversion(kind, cls, {}, own_act="act" in module._modules)
     if cls is nn.SyncBatchNorm:
-        synchronized = _sync_batch_norm_act()
+        synchronized = sync_batch_norm_act()
         return "SyncBatchNorm stays torch's here" if synchronized is None else Conversion("bn", synchronized, {})
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.momentum is None and module.track_running_stats:
         return "momentum=None: torch's instance norm never updates its statistics then, normfused's averages"
@@ -106,8 +107,10 @@ def conversion(module: nn.Module) -> Conversion | str:
         return _of_library(module)
     base = next((b for b in _TORCH if isinstance(module, b)), None)
     if base is not None or isinstance(module, TORCH_NORMS):
-        return f"a subclass of {'torch' if base is None else 'nn.' + base.__name__}'s with code of its own" if base is None else (
-            f"a subclass of nn.{base.__name__} from {cls.__module__}, whose code is not known"
+        return (
+            f"a subclass of {'torch' if base is None else 'nn.' + base.__name__}'s with code of its own"
+            if base is None
+            else (f"a subclass of nn.{base.__name__} from {cls.__module__}, whose code is not known")
         )
     return f"{cls.__module__}.{cls.__name__} is not a norm that has a fused form"
 
@@ -143,7 +146,7 @@ def _kind_of(module: nn.Module) -> str | None:
     return next((kind for kind, base in bases.items() if isinstance(module, base)), None)
 
 
-def _sync_batch_norm_act() -> type | None:
+def sync_batch_norm_act() -> type | None:
     """`SyncBatchNormAct`, imported when it is needed: it brings torch.distributed along."""
     try:
         from ..norms.sync_batch_norm import SyncBatchNormAct

@@ -16,13 +16,12 @@ from ..activations import ACTIVATIONS, IDENTITY, Activation, from_module
 from ..norms.base import NormActMixin
 from . import source, trace
 from .blocks import known_block
-from .classes import KINDS, Conversion, conversion, is_norm
+from .classes import ALREADY, KINDS, Conversion, conversion, is_norm
 from .report import FusionReport, Row
 from .source import Fusion
 from .swap import PassThrough, pass_through, record_of, restore, swap, twin
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_NOTHING = "no activation follows in the code that calls it"
 
 
 def fuse_norms(
@@ -132,8 +131,14 @@ class _Norm:
     name: str
     module: nn.Module
     conversion: Conversion | str
+    was: type
     fusion: Fusion | None = None
     note: str = ""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was converted before and there is nothing to add."""
+        return issubclass(self.was, NormActMixin) and self.fusion is None
 
 
 @dataclass
@@ -157,7 +162,7 @@ class _Plan:
         self.foreign = {m for owner in self.model.modules() if _is_quantized(owner) for m in owner.modules()}
         for name, module in self.model.named_modules():
             if is_norm(module):
-                self.norms[module] = _Norm(name, module, self._conversion(name, module))
+                self.norms[module] = _Norm(name, module, self._conversion(name, module), type(module))
         if self.wanted:
             for module in list(self.model.modules()):
                 self._prove(module)
@@ -190,7 +195,7 @@ class _Plan:
             if norm.conversion.own_act or norm.conversion.attributes.get("tlu", getattr(norm.module, "tlu", False)):
                 continue
             if _sees_output(norm.module):
-                norm.note = "activation stays: a hook sees the norm's output"
+                norm.note = "no activation fused: a hook sees the norm's output"
                 continue
             yield name, norm
 
@@ -211,9 +216,9 @@ class _Plan:
                 norm.note = "" if act is None or not isinstance(act, PassThrough) else norm.note
                 continue
             if apart is not None:
-                norm.note = f"activation stays: {apart} takes the Sequential apart"
+                norm.note = f"no activation fused: {apart} takes the Sequential apart"
             elif not self._alone(norm.module, owner, name) or not self._alone(act, owner, act_name):
-                norm.note = "activation stays: it or the norm is used elsewhere too"
+                norm.note = "no activation fused: it or the norm is used elsewhere too"
             else:
                 norm.fusion = Fusion(held, silent=[act])
 
@@ -230,15 +235,15 @@ class _Plan:
             return
         alone = [name for name, norm in candidates.items() if self._alone(norm.module, owner, name)]
         for name in candidates.keys() - set(alone):
-            candidates[name].note = "activation stays: the norm is used elsewhere too"
+            candidates[name].note = "no activation fused: the norm is used elsewhere too"
         reading = source.read(owner, alone, self._wanted, self.residual, lambda m, n: self._alone(m, owner, n))
         for name, fusion in reading.fusions.items():
             candidates[name].fusion = fusion
         for name, reason in reading.refusals.items():
             if "cannot be read" in reason:
                 self._prove_by_graph(owner, None, {candidates[name].module} | {m for m in owner.children() if len(self.places[m]) == 1})
-            if candidates[name].fusion is None and reason != _NOTHING:
-                candidates[name].note = f"activation stays: {reason}"
+            if candidates[name].fusion is None and reason != source.NOTHING:
+                candidates[name].note = f"no activation fused: {reason}"
         if reading.methods:
             self.owners[owner] = source.rewritten(type(owner), tuple(sorted(reading.methods.items())))
 
@@ -275,7 +280,7 @@ class _Plan:
     # ---------------------------------------------------------------------------------------------------- doing it
     def apply(self, backend: str | None) -> None:
         for norm in self.norms.values():
-            if isinstance(norm.conversion, str) or (isinstance(norm.module, NormActMixin) and norm.fusion is None):
+            if isinstance(norm.conversion, str) or norm.is_done:
                 continue
             attributes = {"residual_mode": "pre_act", "backend": backend, **norm.conversion.attributes}
             own = norm.module._modules.get("act") if norm.conversion.own_act else None
@@ -297,10 +302,9 @@ class _Plan:
     def rows(self) -> list[Row]:
         rows = []
         for norm in self.norms.values():
-            record = record_of(norm.module)
-            was = (type(norm.module) if record is None else record.original).__name__
-            if isinstance(norm.conversion, str):
-                rows.append(Row(norm.name, was, note=norm.conversion))
+            was = norm.was.__name__
+            if isinstance(norm.conversion, str) or norm.is_done:
+                rows.append(Row(norm.name, was, note=norm.conversion if isinstance(norm.conversion, str) else ALREADY))
                 continue
             own = norm.module._modules.get("act") if norm.conversion.own_act else None
             act, note = "", norm.note

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..activations import IDENTITY, Activation, from_module, module_of, parse
 from .swap import PassThrough, Swapped, derived, record_of, twin
 
+NOTHING = "no activation follows"
 _HARMLESS = {"weight", "bias", "running_mean", "running_var", "num_features", "num_groups", "num_channels", "normalized_shape", "eps"}
 _SWITCHES = re.compile(r"training|checkpoint|(^|_)cp$")  # attributes that users turn on and off in a model's life
 _METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid", "tanh": "tanh", "tanh_": "tanh"}
@@ -160,11 +161,19 @@ def takes_apart(cls: type, name: str) -> bool:
         own = _self_name(function)
         for node in ast.walk(tree):
             parts: list[ast.AST] = []
-            if isinstance(node, ast.Subscript) or (isinstance(node, ast.Attribute) and node.attr in listed) or isinstance(node, ast.Starred):
+            if (
+                isinstance(node, ast.Subscript)
+                or (isinstance(node, ast.Attribute) and node.attr in listed)
+                or isinstance(node, ast.Starred)
+            ):
                 parts = [node.value]
             elif isinstance(node, (ast.For, ast.comprehension)):
                 parts = [node.iter]
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("enumerate", "zip", "list", "iter", "reversed", "tuple"):
+            elif (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("enumerate", "zip", "list", "iter", "reversed", "tuple")
+            ):
                 parts = list(node.args)
             if any(_chain(part, own) == (name,) for part in parts):
                 return True
@@ -172,7 +181,9 @@ def takes_apart(cls: type, name: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------ reading a module
-def read(owner: nn.Module, norms: list[str], wanted: Callable[[Activation], bool], residual: bool, alone: Callable[[nn.Module, str], bool]) -> Reading:
+def read(
+    owner: nn.Module, norms: list[str], wanted: Callable[[Activation], bool], residual: bool, alone: Callable[[nn.Module, str], bool]
+) -> Reading:
     """What the code of ``owner`` proves about its children ``norms``.
 
     Args:
@@ -214,7 +225,7 @@ def _read_norm(
             changed[method] = tree
             sites += found
     if not sites:
-        raise Refusal("no activation follows in the code that calls it")
+        raise Refusal(NOTHING)
     act = sites[0][0]
     if any(a != act for a, _ in sites):
         raise Refusal("different activations follow in different places")
@@ -275,7 +286,7 @@ class _Method:
             if _chain(node, self.own) != (name,):
                 continue
             parent = self.parents[node]
-            if isinstance(parent, ast.Attribute) and parent.attr in _HARMLESS:
+            if self._is_harmless(node, parent):
                 continue
             if not (isinstance(parent, ast.Call) and parent.func is node):
                 raise Refusal(f"{self.function.__name__} uses it otherwise than by calling it")
@@ -283,6 +294,18 @@ class _Method:
                 raise Refusal(f"{self.function.__name__} calls it with more than one argument")
             calls.append(parent)
         return [self._site(call) for call in calls]
+
+    @staticmethod
+    def _is_harmless(node: ast.AST, parent: ast.AST) -> bool:
+        """Whether the code only asks for the norm's parameters, options or type."""
+        if isinstance(parent, ast.Attribute):
+            return parent.attr in _HARMLESS
+        if isinstance(parent, ast.Compare):
+            return all(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops)
+        if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name) and parent.args and parent.args[0] is node:
+            asked = parent.args[1].value if len(parent.args) > 1 and isinstance(parent.args[1], ast.Constant) else None
+            return parent.func.id == "isinstance" or (parent.func.id in ("getattr", "hasattr") and asked in _HARMLESS)
+        return False
 
     # -------------------------------------------------------------------------------------------------- one call
     def _site(self, call: ast.Call) -> tuple[_Act, bool]:
@@ -300,7 +323,7 @@ class _Method:
                 return act, True
         if isinstance(outer, ast.Assign) and len(outer.targets) == 1 and isinstance(outer.targets[0], ast.Name):
             return self._follow(outer, outer.targets[0].id, call)
-        raise Refusal("no activation follows in the code that calls it")
+        raise Refusal(NOTHING)
 
     def _follow(self, statement: ast.Assign, name: str, call: ast.Call) -> tuple[_Act, bool]:
         """From ``name = self.norm(x)`` on to the activation, past an add, through statements that leave ``name`` alone."""
@@ -324,7 +347,7 @@ class _Method:
             if found is None:
                 act = self._act_on(following, name)
                 if act is None:
-                    raise Refusal("its output is also used by something other than an activation")
+                    raise Refusal(NOTHING)
                 return act, False
             if not self.residual:
                 raise Refusal("an add stands between it and the activation")
@@ -339,7 +362,7 @@ class _Method:
                 raise Refusal("no activation follows the add")
             self._move(block, statement, call, between, following, name, found)
             return act, True
-        raise Refusal("no activation follows in the code that calls it")
+        raise Refusal(NOTHING)
 
     def _take_act(self, block: list[ast.stmt], i: int, name: str) -> _Act | None:
         """The activation of ``name`` in the statements after ``block[i]``, taken out."""
@@ -657,4 +680,4 @@ def _bare(text: str) -> ast.Module:
     return ast.fix_missing_locations(tree)
 
 
-__all__ = ["Fusion", "Reading", "Refusal", "Rewritten", "chains", "functions", "mentions", "read", "rewritten", "takes_apart"]
+__all__ = ["NOTHING", "Fusion", "Reading", "Refusal", "Rewritten", "chains", "functions", "mentions", "read", "rewritten", "takes_apart"]
