@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from .source import Fusion
-from .swap import Swapped, derived, named, record_of, twin
+from .swap import Swapped, derived, named, remembered, twin, without_act
 
 
 class FusedConvModule(Swapped, nn.Module):
@@ -23,20 +22,13 @@ class FusedConvModule(Swapped, nn.Module):
                     x = module.padding_layer(x)
                 x = module.conv(x)
             elif layer == "norm" and norm:
-                x = module.norm(x) if fused else _without_act(module.norm, x)
+                x = module.norm(x) if fused else without_act(module.norm, x)
             elif layer == "act" and activate and not fused:
                 x = module.activate(x)
         return x
 
 
-def _without_act(norm: nn.Module, x: Tensor) -> Tensor:
-    record = record_of(norm)
-    assert record is not None
-    y: Tensor = record.original.forward(norm, x)
-    return y
-
-
-@lru_cache(maxsize=None)
+@remembered
 def fused_conv_module(original: type) -> type:
     return derived(original, FusedConvModule, {}, fused_conv_module, original)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +142,7 @@ def _class_of(module: nn.Module) -> type:
 
 
 def _kind_of(module: nn.Module) -> str | None:
-    bases = {"bn": (nn.modules.batchnorm._BatchNorm, FrozenBatchNormAct2d), "in": nn.modules.instancenorm._InstanceNorm}
+    bases: dict[str, Any] = {"bn": (nn.modules.batchnorm._BatchNorm, FrozenBatchNormAct2d), "in": nn.modules.instancenorm._InstanceNorm}
     bases |= {"gn": nn.GroupNorm, "ln": nn.LayerNorm, "rms": nn.RMSNorm, "frn": FilterResponseNorm2d}
     return next((kind for kind, base in bases.items() if isinstance(module, base)), None)
 
@@ -149,8 +150,7 @@ def _kind_of(module: nn.Module) -> str | None:
 def sync_batch_norm_act() -> type | None:
     """`SyncBatchNormAct`, imported when it is needed: it brings torch.distributed along."""
     try:
-        from ..norms.sync_batch_norm import SyncBatchNormAct
-    except ImportError:
+        found: type = importlib.import_module("normfused.norms.sync_batch_norm").SyncBatchNormAct
+    except ModuleNotFoundError:
         return None
-    found: type = SyncBatchNormAct
     return found

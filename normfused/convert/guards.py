@@ -2,7 +2,8 @@
 
 A plain norm, or nothing, that takes the place of a norm with an activation is caught when it is registered (by a hook that
 `torch.nn.modules.module` offers for this), whoever does it: torch's and timm's ``convert_sync_batchnorm``, Lightning's
-``sync_batchnorm=True``, timm's and detectron2's freezers. Folding into a convolution registers nothing, so torch's functions for it ask here.
+``sync_batchnorm=True``, timm's and detectron2's freezers. Folding into a convolution registers nothing, so torch's functions
+for it ask here.
 """
 
 from __future__ import annotations

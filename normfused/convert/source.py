@@ -15,19 +15,19 @@ from __future__ import annotations
 import ast
 import inspect
 import linecache
+import operator
 import re
 import textwrap
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..activations import IDENTITY, Activation, from_module, module_of, parse
-from .swap import PassThrough, Swapped, derived, record_of, twin
+from .swap import PassThrough, Swapped, derived, remembered, twin, without_act
 
 NOTHING = "no activation follows"
 _HARMLESS = {"weight", "bias", "running_mean", "running_var", "num_features", "num_groups", "num_channels", "normalized_shape", "eps"}
@@ -78,7 +78,7 @@ class _Act:
 
 
 # ------------------------------------------------------------------------------------------------------- reading a class
-@lru_cache(maxsize=4096)
+@remembered
 def _names(code: CodeType) -> frozenset[str]:
     found = set(code.co_names)
     for constant in code.co_consts:
@@ -87,7 +87,7 @@ def _names(code: CodeType) -> frozenset[str]:
     return frozenset(found)
 
 
-@lru_cache(maxsize=1024)
+@remembered
 def functions(cls: type) -> tuple[tuple[str, FunctionType, bool], ...]:
     """(name, function, whether a subclass hides it) of a class and its bases below nn.Module, without constructors."""
     found, seen = [], set()
@@ -107,7 +107,7 @@ def mentions(cls: type, name: str) -> list[tuple[str, FunctionType, bool]]:
     return [entry for entry in functions(cls) if name in _names(entry[1].__code__)]
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def _parsed(function: FunctionType) -> ast.FunctionDef:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
@@ -132,7 +132,7 @@ def _chain(node: ast.AST, root: str | None) -> tuple[str, ...] | None:
     return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == root and names else None
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def chains(cls: type, name: str) -> tuple[tuple[str, ...], ...]:
     """The ways ``self.a.b.<name>`` in which the code of ``cls`` reaches an attribute of another module."""
     found = set()
@@ -149,7 +149,7 @@ def chains(cls: type, name: str) -> tuple[tuple[str, ...], ...]:
     return tuple(found)
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def takes_apart(cls: type, name: str) -> bool:
     """Whether the code of ``cls`` slices, iterates over or lists ``self.<name>`` instead of calling it whole."""
     listed = {"children", "named_children", "modules", "named_modules", "_modules"}
@@ -328,7 +328,7 @@ class _Method:
     def _follow(self, statement: ast.Assign, name: str, call: ast.Call) -> tuple[_Act, bool]:
         """From ``name = self.norm(x)`` on to the activation, past an add, through statements that leave ``name`` alone."""
         block = self._block(statement)
-        i = start = block.index(statement)
+        i = block.index(statement)
         between: list[ast.stmt] = []
         while (i := i + 1) < len(block):
             following = block[i]
@@ -409,8 +409,7 @@ class _Method:
     def _added(self, statement: ast.stmt, name: str) -> _Sum | None:
         """The add, if all that ``statement`` does with ``name`` is to add to it, or to apply an activation to the sum."""
         if isinstance(statement, ast.AugAssign):
-            target = statement.target
-            whole = isinstance(statement.op, ast.Add) and isinstance(target, ast.Name) and target.id == name
+            whole = isinstance(statement.op, ast.Add) and isinstance(statement.target, ast.Name) and statement.target.id == name
             return _Sum(statement, statement.value, name) if whole and not _uses(statement.value, name) else None
         if not isinstance(statement, (ast.Assign, ast.Return)) or _loads(statement, name) != 1:
             return None
@@ -569,21 +568,22 @@ class _Method:
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             (left_known, left), (right_known, right) = self._static(node.left), self._static(node.comparators[0])
             compare: dict[type, Callable[[Any, Any], bool]] = {
-                ast.Is: lambda a, b: a is b, ast.IsNot: lambda a, b: a is not b, ast.Eq: lambda a, b: a == b, ast.NotEq: lambda a, b: a != b,
-            }  # fmt: skip
+                ast.Is: operator.is_,
+                ast.IsNot: operator.is_not,
+                ast.Eq: operator.eq,
+                ast.NotEq: operator.ne,
+            }
             test = compare.get(type(node.ops[0]))
             return (True, test(left, right)) if left_known and right_known and test is not None else (False, None)
         path = _chain(node, self.own)
         if path is None or any(_SWITCHES.search(part) for part in path):
             return False, None
-        value: Any = self.owner
+        found: Any = self.owner
         for part in path:
-            if not hasattr(value, part):
+            if not hasattr(found, part):
                 return False, None
-            value = getattr(value, part)
-        if isinstance(value, nn.Module):
-            return True, value
-        return (True, value) if value is None or isinstance(value, (bool, int, float, str)) else (False, None)
+            found = getattr(found, part)
+        return found is None or isinstance(found, (nn.Module, bool, int, float, str)), found
 
     # ----------------------------------------------------------------------------------------------------- trees
     def _link(self) -> None:
@@ -627,11 +627,8 @@ def _uses_after(tree: ast.FunctionDef, statement: ast.stmt, name: str) -> bool:
     loops = [n for n in ast.walk(tree) if isinstance(n, (ast.For, ast.While, ast.FunctionDef)) and n is not tree]
     in_loop = any(id(statement) in {id(n) for n in ast.walk(loop)} for loop in loops)
     end = (statement.end_lineno or statement.lineno, statement.end_col_offset or 0)
-    for n in ast.walk(tree):
-        if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) and id(n) not in inside:
-            if in_loop or (getattr(n, "lineno", end[0] + 1), getattr(n, "col_offset", 0)) >= end:
-                return True
-    return False
+    loads = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load) and id(n) not in inside]
+    return any(in_loop or (n.lineno, n.col_offset) >= end for n in loads)
 
 
 # ------------------------------------------------------------------------------------------------------- rewritten classes
@@ -644,13 +641,11 @@ class Rewritten(Swapped, nn.Module):
             y: Tensor = norm(x, residual)
             return y
         # broadcast, a number, another type: as written
-        record = record_of(norm)
-        assert record is not None
-        acted: Tensor = norm.act(record.original.forward(norm, x) + residual)  # type: ignore[operator]
+        acted: Tensor = norm.act(without_act(norm, x) + residual)  # type: ignore[operator]
         return acted
 
 
-@lru_cache(maxsize=None)
+@remembered
 def rewritten(original: type, methods: tuple[tuple[str, str], ...]) -> type:
     """``original`` with methods of the given source; names in it are those of the methods they replace."""
     members = {}

@@ -9,14 +9,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, cast
+from functools import cache
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from ..activations import from_module
 
 _RECORD = "_normfused_record"
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def remembered(function: _F) -> _F:
+    """`functools.cache` with the function's own types."""
+    return cast(_F, cache(function))
 
 
 @dataclass
@@ -55,6 +61,15 @@ def restore(module: nn.Module) -> None:
     module.__class__ = record.original
 
 
+def without_act(norm: nn.Module, x: Tensor) -> Tensor:
+    """What a converted norm returned before: no activation, no residual."""
+    record = record_of(norm)
+    assert record is not None
+    original: Any = record.original
+    y: Tensor = original.forward(norm, x)
+    return y
+
+
 class Swapped:
     """Of classes made at run time: pickled and copied by how they are made."""
 
@@ -66,7 +81,7 @@ class Swapped:
 
 
 def _empty(maker: Callable[..., type], arguments: tuple[Any, ...]) -> Any:
-    cls = maker(*arguments)
+    cls: Any = maker(*arguments)
     return cls.__new__(cls)
 
 
@@ -88,13 +103,13 @@ class PassThrough(Swapped, nn.Module):
         return f"{own}, fused into the norm before" if own else "fused into the norm before"
 
 
-@lru_cache(maxsize=None)
+@remembered
 def pass_through(original: type) -> type:
     return derived(original, PassThrough, {}, pass_through, original)
 
 
 # activations of other packages that compute what torch's do, by package and name
-_SAME = {
+_SAME: dict[tuple[str, str], Callable[[nn.Module], nn.Module]] = {
     ("timm", "GELU"): lambda m: nn.GELU(),
     ("timm", "GELUTanh"): lambda m: nn.GELU("tanh"),
     ("timm", "Sigmoid"): lambda m: nn.Sigmoid(),
@@ -120,7 +135,7 @@ def twin(act: nn.Module) -> nn.Module | None:
     if from_module(act) is not None:
         return copy.copy(act)
     same = _SAME.get(named(type(act)))
-    return None if same is None else cast(nn.Module, same(act))
+    return None if same is None else same(act)
 
 
 def _as_prelu(act: nn.Module) -> nn.Module:
