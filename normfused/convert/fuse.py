@@ -21,6 +21,9 @@ from .report import FusionReport, Row
 from .source import Fusion
 from .swap import PassThrough, pass_through, record_of, restore, swap, twin
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+# act(m x) = m act(x) for m >= 0: dropout's mask may as well come after them
+_HOMOGENEOUS = ("relu", "leaky_relu", "prelu")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -209,13 +212,14 @@ class _Plan:
             norm = candidates.get(name)
             if norm is None:
                 continue
-            after = [(n, c) for n, c in children[i + 1 :] if type(c) is not nn.Identity]
-            act_name, act = after[0] if after else ("", None)
+            between, act_name, act = _next_but_dropout(children[i + 1 :])
             held = None if act is None else twin(act)
-            if act is None or held is None or not self._wanted(from_module(held)):
-                norm.note = "" if act is None or not isinstance(act, PassThrough) else norm.note
+            found = None if held is None else from_module(held)
+            if act is None or held is None or not self._wanted(found):
                 continue
-            if apart is not None:
+            if between is not None and found is not None and found.name not in _HOMOGENEOUS:
+                norm.note = f"no activation fused: {type(between).__name__} stands between"
+            elif apart is not None:
                 norm.note = f"no activation fused: {apart} takes the Sequential apart"
             elif not self._alone(norm.module, owner, name) or not self._alone(act, owner, act_name):
                 norm.note = "no activation fused: it or the norm is used elsewhere too"
@@ -321,6 +325,17 @@ class _Plan:
             has_residual = norm.fusion is not None and norm.fusion.residual
             rows.append(Row(norm.name, was, norm.conversion.cls.__name__, act, has_residual, note))
         return rows
+
+
+def _next_but_dropout(children: list[tuple[str, nn.Module]]) -> tuple[nn.Module | None, str, nn.Module | None]:
+    """(a dropout on the way, name and module of the first child that is neither dropout nor identity)."""
+    dropout = None
+    for name, child in children:
+        if type(child) in _DROPOUTS and not (child._forward_hooks or child._forward_pre_hooks):
+            dropout = child
+        elif type(child) is not nn.Identity:
+            return dropout, name, child
+    return dropout, "", None
 
 
 def _is_quantized(module: nn.Module) -> bool:

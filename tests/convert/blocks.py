@@ -40,7 +40,9 @@ class Unpickler(pickle.Unpickler):
 class TimmBlock(nn.Module):
     """timm.models.resnet.BasicBlock."""
 
-    def __init__(self, width: int, act: type = nn.ReLU, downsample: bool = False, drop: nn.Module | None = None, se: nn.Module | None = None) -> None:
+    def __init__(
+        self, width: int, act: type = nn.ReLU, downsample: bool = False, drop: nn.Module | None = None, se: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
         self.drop_block, self.act1, self.aa = drop or nn.Identity(), act(inplace=True), nn.Identity()

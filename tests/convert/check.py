@@ -72,7 +72,11 @@ def three_steps(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[list[Tensor]
 def shape_of(model: nn.Module) -> list[Any]:
     """All that the way back must restore: names, objects, classes, attributes."""
     inner = ("_parameters", "_buffers", "_modules")
-    own = [(n, id(m), type(m), sorted(m.__dict__.items(), key=lambda i: i[0])) for n, m in model.named_modules()]
+    of_fx = ("_code", "_lineno_map")  # a graph module writes its code anew when it is pickled
+    own = [
+        (n, id(m), type(m), sorted((i for i in m.__dict__.items() if i[0] not in of_fx), key=lambda i: i[0]))
+        for n, m in model.named_modules()
+    ]
     return [(n, m, cls, [(k, list(v) if k in inner else id(v)) for k, v in items]) for n, m, cls, items in own]
 
 
