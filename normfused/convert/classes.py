@@ -76,6 +76,8 @@ def is_norm(module: nn.Module) -> bool:
     if isinstance(module, (NormActMixin, *TORCH_NORMS)) or named(_class_of(module)) in _LIBRARIES:
         return True
     own = type(module).__name__.lower()
+    if type(module).__module__.startswith("torch.nn.utils."):  # a parametrization
+        return False
     return "norm" in own and own != "localresponsenorm" and not any(is_norm(child) for child in module.children())
 
 

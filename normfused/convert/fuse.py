@@ -19,7 +19,7 @@ from .blocks import known_block
 from .classes import ALREADY, KINDS, Conversion, conversion, is_norm
 from .report import FusionReport, Row
 from .source import Fusion
-from .swap import PassThrough, pass_through, record_of, restore, swap, twin
+from .swap import pass_through, record_of, restore, swap, twin
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # act(m x) = m act(x) for m >= 0: dropout's mask may as well come after them

@@ -32,15 +32,17 @@ def package(name: str) -> Any:
 
 
 def test_timm_frn() -> None:
-    """timm takes the mean square in float32 whatever the type: two roundings of 6e-8 in each of 51 layers."""
+    """timm takes the mean square in float32 whatever the type: as near to the network in float64 as timm's own."""
     timm = package("timm")
     torch.manual_seed(0)
     model = timm.create_model("resnetv2_50d_frn", num_classes=10).eval()
     x = torch.randn(2, 3, 64, 64)
-    wanted = model(x)
+    wanted = model(x).detach()
     report = nf.fuse_norms(model)
     assert len(report.fused) == len(report.rows) == 51 and all(r.act == "tlu" for r in report.rows)
-    torch.testing.assert_close(model(x), wanted, rtol=0, atol=2 * 51 * 6e-8 * float(wanted.detach().abs().max()))
+    got = model(x).detach()
+    exact = model.double()(x.double()).detach()
+    assert float((got - exact).abs().max()) <= 2 * float((wanted - exact).abs().max())
 
 
 def image(size: int = 64, channels: int = 3, batch: int = 2) -> torch.Tensor:
@@ -131,7 +133,8 @@ def test_nnunet() -> None:
     unet = package("dynamic_network_architectures.architectures.unet")
     torch.manual_seed(0)
     model = unet.PlainConvUNet(
-        1, 3, (4, 8, 8), nn.Conv3d, 3, (1, 2, 2), 2, 2, 2, conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True},
+        1, 3, (4, 8, 8), nn.Conv3d, 3, (1, 2, 2), 2, 2, 2, conv_bias=True, norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
         nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}, deep_supervision=True,
     )  # fmt: skip
     report = same_after_conversion(moved(model), torch.randn(1, 1, 16, 16, 16, dtype=torch.float64), compiled=False, exported=False)
