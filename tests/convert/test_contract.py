@@ -51,7 +51,7 @@ def test_everything_of_a_module_stays() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_types_and_formats(dtype: torch.dtype) -> None:
-    """Half networks with half or float32 norms, channels_last: the eager network's result, to a rounding in each of two chained operations."""
+    """Half networks with half or float32 norms, channels_last: as near to the network in float64 as roundings allow."""
     for half_norm in (True, False):
         model = VisionBlock(4).to(dtype).to(memory_format=torch.channels_last)
         if not half_norm:

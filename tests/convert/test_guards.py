@@ -20,7 +20,7 @@ X = torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=torch.Generator().man
 
 
 def network(fuse: bool = True) -> nn.Sequential:
-    """A block with residual, a conv and norm with an activation that has a weight, a norm without activation, a layer of normfused."""
+    """A block with residual, a conv and norm with an activation that has a weight, one without, a layer of normfused."""
     model: Any = moved(
         nn.Sequential(
             VisionBlock(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.PReLU(4), nn.BatchNorm2d(4), nf.BatchNormAct2d(4, act="tanh")
@@ -49,9 +49,7 @@ def test_torchs_sync_converter_is_stopped() -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm(network())
 
 
-@pytest.mark.parametrize(
-    "new", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Identity(), FrozenBatchNorm2d(4)], ids=lambda m: type(m).__name__
-)
+@pytest.mark.parametrize("new", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Identity(), FrozenBatchNorm2d(4)], ids=repr)
 def test_replacing_one_by_hand_is_stopped(new: nn.Module) -> None:
     model = network()
     for index in (2, 5):
@@ -86,7 +84,7 @@ def test_torchs_folding_is_stopped() -> None:
     with nf.allow_lossy_conversion():
         fuse_conv_bn_eval(conv, norm)
     with pytest.raises(NotImplementedError):
-        torch.ao.quantization.fuse_modules(network().eval()[1:4], [["0", "1", "2"]])
+        torch.ao.quantization.fuse_modules(network().eval()[1:4], [["1", "2", "3"]])
 
 
 # ------------------------------------------------------------------------------------------------------------ sync
