@@ -71,11 +71,16 @@ _LIBRARIES: dict[tuple[str, str], tuple[str, type, dict[str, Any]]] = {
 }
 
 
+def class_name(module: nn.Module) -> str:
+    """Of a scripted module, that of the module that was scripted."""
+    return str(module.original_name) if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a report shall speak of the module: a norm by class, or by name and without children that do the work."""
     if isinstance(module, (NormActMixin, *TORCH_NORMS)) or named(_class_of(module)) in _LIBRARIES:
         return True
-    own = type(module).__name__.lower()
+    own = class_name(module).lower()
     if type(module).__module__.startswith("torch.nn.utils."):  # a parametrization
         return False
     return "norm" in own and own != "localresponsenorm" and not any(is_norm(child) for child in module.children())

@@ -16,7 +16,7 @@ from ..activations import ACTIVATIONS, IDENTITY, Activation, from_module
 from ..norms.base import NormActMixin
 from . import source, trace
 from .blocks import known_block
-from .classes import ALREADY, KINDS, Conversion, conversion, is_norm
+from .classes import ALREADY, KINDS, Conversion, class_name, conversion, is_norm
 from .report import FusionReport, Row
 from .source import Fusion
 from .swap import pass_through, record_of, restore, swap, twin
@@ -135,6 +135,7 @@ class _Norm:
     module: nn.Module
     conversion: Conversion | str
     was: type
+    was_called: str
     fusion: Fusion | None = None
     note: str = ""
 
@@ -165,7 +166,7 @@ class _Plan:
         self.foreign = {m for owner in self.model.modules() if _is_quantized(owner) for m in owner.modules()}
         for name, module in self.model.named_modules():
             if is_norm(module):
-                self.norms[module] = _Norm(name, module, self._conversion(name, module), type(module))
+                self.norms[module] = _Norm(name, module, self._conversion(name, module), type(module), class_name(module))
         if self.wanted:
             for module in list(self.model.modules()):
                 self._prove(module)
@@ -306,7 +307,7 @@ class _Plan:
     def rows(self) -> list[Row]:
         rows = []
         for norm in self.norms.values():
-            was = norm.was.__name__
+            was = norm.was_called
             if isinstance(norm.conversion, str) or norm.is_done:
                 rows.append(Row(norm.name, was, note=norm.conversion if isinstance(norm.conversion, str) else ALREADY))
                 continue
