@@ -83,7 +83,7 @@ def test_torchs_folding_is_stopped() -> None:
     fuse_conv_bn_eval(conv, nf.BatchNormAct2d(4).eval())
     with nf.allow_lossy_conversion():
         fuse_conv_bn_eval(conv, norm)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises((NotImplementedError, AssertionError)):
         torch.ao.quantization.fuse_modules(network().eval()[1:4], [["1", "2", "3"]])
 
 
