@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ..norms.base import NormActMixin
+from ..norms.batch_norm import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from ..norms.frozen_batch_norm import FrozenBatchNormAct1d, FrozenBatchNormAct2d, FrozenBatchNormAct3d
 from .classes import Conversion, conversion, sync_batch_norm_act
 from .swap import record_of, swap, twin
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
+_OWN = (BatchNormAct1d, BatchNormAct2d, BatchNormAct3d)
 _FROZEN = (FrozenBatchNormAct1d, FrozenBatchNormAct2d, FrozenBatchNormAct3d)
 
 
@@ -44,7 +45,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
             continue
         if isinstance(layer, target):
             layer.process_group = process_group
-        elif isinstance(layer, NormActMixin):
+        elif type(layer) in _OWN:
             layer.__class__ = target
             layer.process_group = process_group
             _remember(layer)
@@ -53,6 +54,11 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
             layer.process_group = process_group
             _remember(layer)
     return model
+
+
+def _is_own(layer: nn.Module) -> bool:
+    """Whether it is one of normfused's that in evaluation is a fixed affine map; other norms of its are batch norms too by class."""
+    return type(layer) in (*_OWN, *_FROZEN, sync_batch_norm_act())
 
 
 def _remember(layer: Any) -> None:
@@ -83,7 +89,7 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
         if layer.running_mean is None or layer.running_var is None:
             raise ValueError(f"freeze_batch_norm: {name or 'the layer'} must have running statistics, got track_running_stats=False")
     for name, layer in layers:
-        if not isinstance(layer, NormActMixin):
+        if not _is_own(layer):
             attributes = _attributes(name, layer)
             if attributes is None:
                 continue
@@ -152,7 +158,7 @@ def fuse_conv_norm_eval(conv: nn.Module, norm: nn.Module) -> nn.Module:
         raise ValueError("fuse_conv_norm_eval: norm must have running statistics, got track_running_stats=False")
     if norm.num_features != conv.out_channels:
         raise ValueError(f"fuse_conv_norm_eval: norm must have the convolution's {conv.out_channels} channels, got {norm.num_features}")
-    if not isinstance(norm, NormActMixin) and not isinstance(conversion(norm), Conversion):
+    if not _is_own(norm) and not isinstance(conversion(norm), Conversion):
         raise TypeError(f"fuse_conv_norm_eval: norm must be of a known class, got one that {conversion(norm)}")
     fused = copy.deepcopy(conv)
     with torch.no_grad():

@@ -153,6 +153,14 @@ def test_frozen_norms_of_other_dimensions_and_refusals() -> None:
     with pytest.warns(UserWarning, match="0 stays as it is: a subclass of nn.BatchNorm2d"):
         nf.freeze_batch_norm(nn.Sequential(Mine(4)))
 
+    class Own(nf.BatchNormAct2d):
+        """A norm of normfused with a rule of its own."""
+
+    with pytest.warns(UserWarning, match="0 stays as it is: is normfused's already"):
+        assert type(nf.freeze_batch_norm(nn.Sequential(Own(4)))[0]) is Own  # type: ignore[index]
+    with pytest.raises(TypeError, match="must be of a known class"):
+        nf.fuse_conv_norm_eval(nn.Conv2d(4, 4, 1).eval(), Own(4).eval())
+
 
 def test_frozen_layer_itself() -> None:
     layer = nf.FrozenBatchNormAct2d(4, act="relu")
