@@ -6,6 +6,15 @@ from . import diagnostics, functional, parametrizations
 from .activations import ACTIVATIONS, TLU
 from .backends.cuda import set_spare_processors
 from .checks import ArgumentError, DeviceError, DTypeError, ShapeError
+from .convert import (
+    FusionReport,
+    allow_lossy_conversion,
+    convert_sync_batchnorm,
+    freeze_batch_norm,
+    fuse_conv_norm_eval,
+    fuse_norms,
+    unfuse_norms,
+)
 from .dispatch import available_backends, backend, get_backend, set_backend
 from .explain import explain
 from .norms.base import get_autocast_policy, set_autocast_policy
@@ -22,6 +31,7 @@ from .norms.batch_renorm import BatchRenormAct1d, BatchRenormAct2d, BatchRenormA
 from .norms.custom import define_norm
 from .norms.eval_norm import EvalNorm1d, EvalNorm2d, EvalNorm3d
 from .norms.filter_response_norm import FilterResponseNorm1d, FilterResponseNorm2d, FilterResponseNorm3d
+from .norms.frozen_batch_norm import FrozenBatchNormAct1d, FrozenBatchNormAct2d, FrozenBatchNormAct3d
 from .norms.group_norm import GroupNormAct
 from .norms.instance_norm import InstanceNormAct1d, InstanceNormAct2d, InstanceNormAct3d
 from .norms.iter_norm import IterNorm1d, IterNorm2d, IterNorm3d
@@ -62,6 +72,10 @@ __all__ = [
     "FilterResponseNorm1d",
     "FilterResponseNorm2d",
     "FilterResponseNorm3d",
+    "FrozenBatchNormAct1d",
+    "FrozenBatchNormAct2d",
+    "FrozenBatchNormAct3d",
+    "FusionReport",
     "GroupNormAct",
     "InputBias",
     "InstanceNormAct1d",
@@ -82,15 +96,20 @@ __all__ = [
     "SwitchNormAct2d",
     "SwitchNormAct3d",
     "SyncBatchNormAct",
+    "allow_lossy_conversion",
     "available_backends",
     "backend",
     "clamp_gates_",
+    "convert_sync_batchnorm",
     "data_dependent_init",
     "define_norm",
     "diagnostics",
     "explain",
     "fold_mean_only_batch_norm",
+    "freeze_batch_norm",
     "functional",
+    "fuse_conv_norm_eval",
+    "fuse_norms",
     "gate_parameter_groups",
     "gates",
     "get_autocast_policy",
@@ -106,4 +125,5 @@ __all__ = [
     "set_autocast_policy",
     "set_backend",
     "set_spare_processors",
+    "unfuse_norms",
 ]
