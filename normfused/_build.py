@@ -558,7 +558,7 @@ def emulation_steps(machine: Machine, headers: Path, sources: Path, work: Path, 
     assert torch is not None and compiler is not None
     # Tests control the emulator by its names, so these stay visible
     host = [compiler, *_host_flags(environment), "-fvisibility=default", "-DNF_EMULATION"]
-    kernel = [*host, "-std=c++17", "-Wno-unknown-pragmas", "-isystem", str(headers)]
+    kernel = [*host, "-std=c++17", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-isystem", str(headers)]
     steps = [_host_step([*kernel, "-x", "c++"], sources, source, work) for source in _kernel_sources(sources)]
     steps += [_host_step(kernel, sources, source, work) for source in sorted((sources / "emulation").glob("simt*.cpp"))]
     steps += [_host_step([*host, *_torch_flags(torch)], sources, sources / "binding" / name, work) for name in _OPERATORS]

@@ -291,8 +291,8 @@ SHARED = {
 
 
 def passed_between_blocks(m: Measured) -> float:
-    """The bound of what blocks tell each other, in sectors: of wide sets 2 % of x. Of narrow ones a value of 16 bytes a column of each slab,
-    written and read by itself; two numbers a set for each of its blocks; and the words they meet at, twice."""
+    """The bound of what blocks tell each other, in sectors: of wide sets 2 % of x. Of narrow ones a value of 16 bytes a column of each
+    slab, written and read by itself; two numbers a set for each of its blocks; and the words they meet at, twice."""
     if m.plan["sets"] == "wide":
         return 0.02 * m.of("x")["read_sectors"]
     width = m.case.p.C // m.case.p.groups if m.case.p.scope == SAMPLE_GROUP else 1
