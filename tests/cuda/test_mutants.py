@@ -104,7 +104,7 @@ FAULTS: dict[str, tuple[str, str, str, list[str]]] = {
     "x is read again": (
         "owners.cuh",
         "batch[k] = slab.load(call.tensors.x, spots[k]);",
-        "batch[k] = slab.load(call.tensors.x, spots[k]);\n        batch[k] = slab.load(call.tensors.x, spots[k]);",
+        "batch[k] = slab.load(call.tensors.x, spots[k]), batch[k] = slab.load(call.tensors.x, spots[k]);",
         ["test_traffic.py::test_promises[channel-sectors-nchw-dtype0-single_pass]"],
     ),
     "a tail has one lane too many": (
