@@ -179,9 +179,9 @@ def known_newer(toolkit: _build.Toolkit) -> list[str]:
 
 @dataclass(frozen=True)
 class Job:
-    """One type on one architecture."""
+    """One file on one architecture."""
 
-    type: str  # of the file: bfloat16, ...
+    type: str  # bfloat16, ...: of all its kernels; or weights
     architecture: str
     step: _build.Step
 
@@ -206,7 +206,8 @@ def plan(machine: _build.Machine, architectures: Iterable[str], types: Iterable[
         work = WORK / architecture.replace(".", "")
         for step in _build.cuda_steps(machine, decision, ROOT / "csrc", work, os.environ):
             source = step.inputs[0]
-            if source.parent.name == "instances" and (not wanted or source.stem in wanted):
+            kernels = source.parent.name == "instances" or source.stem == "weights"
+            if kernels and (not wanted or source.stem in wanted):
                 jobs.append(Job(source.stem, architecture, step))
     return jobs
 

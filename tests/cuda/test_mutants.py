@@ -42,8 +42,8 @@ def run(name: str) -> None:
 
 
 def barriers() -> list[tuple[str, int]]:
-    """File and line of every barrier in the kernels' sources. The helpers' own (device.cuh) take the place of their callers; weights.cuh has
-    a test of its own."""
+    """File and line of every barrier in the kernels' sources. The helpers' own (device.cuh) take the place of their callers;
+    weights.cuh has a test of its own."""
     found = []
     for path in sorted(KERNELS.glob("*.cuh")):
         if path.name in ("device.cuh", "weights.cuh"):
