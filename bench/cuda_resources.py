@@ -206,7 +206,7 @@ def plan(machine: _build.Machine, architectures: Iterable[str], types: Iterable[
         work = WORK / architecture.replace(".", "")
         for step in _build.cuda_steps(machine, decision, ROOT / "csrc", work, os.environ):
             source = step.inputs[0]
-            kernels = source.parent.name == "instances" or source.stem == "weights"
+            kernels = source.parent.name == "instances" or source.name == "weights.cu"
             if kernels and (not wanted or source.stem in wanted):
                 jobs.append(Job(source.stem, architecture, step))
     return jobs
