@@ -610,19 +610,6 @@ def snapshot(buffer: Tensor) -> Tensor:
     return buffer.detach().clone()
 
 
-class _InLayout(torch.autograd.Function):
-    """x, with a gradient in x's memory format: an addition would hand on that of its output as it comes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.layout = layout_of(x)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return dense(dy, ctx.layout)
-
-
 def see_through() -> bool:
     """Whether something must see through the norm: a functorch transform, forward-mode AD, export."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting()
@@ -685,7 +672,7 @@ def norm_act(
             and type(x) is Tensor
         )
         if eager and not batch_statistics and running_mean is None and weight is None:
-            x = _InLayout.apply(x)  # type: ignore[no-untyped-call]
+            x = composite.format_gradient(x, format_of(x), eager, own=False)
         return composite.norm_act(
             x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
             scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, eager, normalized_shape,
@@ -985,7 +972,7 @@ def _slice_norm_act(
         return y, None, None
     traced = see_through() or torch.compiler.is_compiling() or x.device.type == "meta"
     if composed and not traced:
-        x = _InLayout.apply(dense(x))  # type: ignore[no-untyped-call]
+        x = composite.format_gradient(dense(x), format_of(x), True, own=False)
     if composed or traced:
         y, mean, var = _composite_slices(rule, x, residual, act_weight, act, residual_mode, parameters)
         return y, mean.detach(), None if var is None else var.detach()

@@ -266,7 +266,7 @@ def norm_act(
     layout = format_of(x) if normalized_shape is None else None
     wide_x: Tensor = _widen(x, wide)  # type: ignore[assignment]
     if layout is not None and ((scope == POSITION and layout == NCHW) or layout_of(x) is None):
-        wide_x = _format_gradient(wide_x, layout, eager, own=False)  # ATen's comes as it suits its rows, or as it guesses
+        wide_x = format_gradient(wide_x, layout, eager, own=False)  # ATen's comes as it suits its rows, or as it guesses
     if layout == NHWC and 1 in x.shape and layout_of(x) == NHWC:
         wide_x = _canonical(wide_x)
     unlike_aten = scope != POSITION and x.dim() == 3 and layout == NHWC  # which knows channels_last of four and five dimensions
@@ -296,7 +296,7 @@ def norm_act(
         assert residual is not None
         z = z.add_(residual) if inplace else z + residual
     if layout is not None:
-        z = _format_gradient(z, layout, eager)
+        z = format_gradient(z, layout, eager)
     y = activate(z, act, act_weight, inplace=inplace)
     if residual_mode == POST_ACT:
         assert residual is not None
@@ -313,7 +313,7 @@ def _canonical(x: Tensor) -> Tensor:
 class _FormatGradient(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, layout: str) -> Tensor:
-        return x.view_as(x)
+        return x.clone()  # a view could not be written over by whoever gets it; a compiler leaves the copy out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -324,7 +324,7 @@ class _FormatGradient(torch.autograd.Function):
         return dense(gradient, ctx.layout), None
 
 
-def _format_gradient(t: Tensor, layout: str, eager: bool, own: bool = True) -> Tensor:
+def format_gradient(t: Tensor, layout: str, eager: bool, own: bool = True) -> Tensor:
     """t, whose gradient will be dense in ``layout`` (left to the operations where a transform sees through the norm).
 
     ``own``: t is not the caller's tensor, so that a hook may stay on it.
