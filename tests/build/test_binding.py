@@ -123,7 +123,8 @@ def test_the_module_describes_plans(answers):
         "route": "placeholder", "step": 3, "act": 6, "processors": 4, "pool": True, "scratch_bytes": 64, "arrivals": 32
     }  # fmt: skip
     assert results["pretended limits"] == {
-        "processors": 4, "shared_bytes_per_block": 1024, "shared_bytes_per_processor": 2048, "threads_per_processor": 256
+        "processors": 4, "shared_bytes_per_block": 1024, "shared_bytes_per_processor": 2048, "threads_per_processor": 256,
+        "largest_cluster": 8, "spare_processors": 0,
     }  # fmt: skip
 
 
