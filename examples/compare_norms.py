@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import normfused as nf
 
 SEED, CLASSES, WIDTH, WARM_UP = 0, 10, 16, 5
-STEPS = {2: 600, 64: 100}  # by batch size
+STEPS = {2: 450, 64: 90}  # by batch size
 RATES = {2: 0.01, 64: 0.05}
 
 
