@@ -114,8 +114,9 @@ def _fused(norm, act, mode, backend):
     mask = 0
     if mode == "pre_act" and act != "identity":
         activation = Activation(act, *ACTIVATIONS[act])
-        if backend == "cuda" and activation.has_two_slopes:
-            mask = tensor_bytes // 16  # a byte for every 16 of x, whose rows of 12 or 144 float32 are whole vectors
+        # rows of 12 or 144 float32 are whole vectors; the Triton kernels of position sets have no mask
+        if activation.has_two_slopes and (backend == "cuda" or (backend == "triton" and norm not in ("layer", "rms"))):
+            mask = tensor_bytes // 16  # a byte for every 16 of x
         else:
             expected["y" if backend != "cuda" and activation.derivative_from_y(torch.float32) else "r"] = tensor_bytes
     moments = named.pop("other") - mask
