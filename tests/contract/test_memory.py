@@ -115,7 +115,7 @@ def _fused(norm, act, mode, backend):
     if mode == "pre_act" and act != "identity":
         activation = Activation(act, *ACTIVATIONS[act])
         # rows of 12 or 144 float32 are whole vectors; the Triton kernels of position sets have no mask
-        if activation.has_two_slopes and (backend == "cuda" or (backend == "triton" and norm not in ("layer", "rms"))):
+        if activation.has_two_slopes and (backend == "cuda" or (backend == "triton" and not norm.startswith(("layer", "rms")))):
             mask = tensor_bytes // 16  # a byte for every 16 of x
         else:
             expected["y" if backend != "cuda" and activation.derivative_from_y(torch.float32) else "r"] = tensor_bytes
