@@ -210,7 +210,7 @@ def test_the_activation_may_be_changed_later() -> None:
         torch.sin,
         nn.Softmax(1),
     ],
-    ids=str,
+    ids=lambda act: getattr(act, "__name__", str(act)),
 )
 @pytest.mark.parametrize("mode", [None, "pre_act", "post_act"])
 def test_any_module_or_callable_equals_the_chain(act: Any, mode: str | None, backend: str) -> None:
