@@ -58,14 +58,16 @@ HAS_TOOLKIT := "import sys; from normfused import _build; sys.exit(_build.find_t
 toolkit: env
 	@cd $(CURDIR) && $(PY) -c $(HAS_TOOLKIT) || $(PY) -m pip install --quiet --no-deps $(TOOLKIT) || true
 
-# By the rungs of docs/testing.md; MARK="" runs the slow tests too
+# By the rungs of docs/testing.md; MARK="" runs the slow tests too. One process a core, each with one thread
 MARK ?= not slow
+PARALLEL ?= -n auto --maxprocesses 8
+test test-cuda test-quick: export OMP_NUM_THREADS ?= 1
 test: env triton toolkit ## everything that runs here: torch, Triton, the CUDA kernels emulated and compiled, benchmark smoke
 	$(call install,test)
-	$(PY) -m pytest tests -m "$(MARK)" --ignore=tests/triton --ignore=tests/cuda
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton --ignore=tests/triton/test_compile.py
-	TRITON_INTERPRET=1 NORMFUSED_BACKEND=triton $(PY) -m pytest tests -m triton_surface --ignore=tests/triton
-	$(PY) -m pytest tests/triton/test_compile.py
+	$(PY) -m pytest tests $(PARALLEL) -m "$(MARK)" --ignore=tests/triton --ignore=tests/cuda
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton $(PARALLEL) --ignore=tests/triton/test_compile.py
+	TRITON_INTERPRET=1 NORMFUSED_BACKEND=triton $(PY) -m pytest tests $(PARALLEL) -m triton_surface --ignore=tests/triton
+	$(PY) -m pytest tests/triton/test_compile.py $(PARALLEL)
 	@$(MAKE) --no-print-directory test-cuda
 	$(PY) -m pytest bench --quick --benchmark-disable
 
@@ -73,13 +75,13 @@ test-cuda: env toolkit ## the CUDA kernels: emulated on the CPU, then compiled b
 	@if ! $(PY) -c $(HAS_TOOLKIT); then echo "NOT RUN: rungs 3 and 4, the CUDA kernels (no toolkit here, and its packages could not be had)"; exit 0; fi; \
 	set -ex; \
 	$(PY) -m normfused build --emulation; \
-	NORMFUSED_EMULATE=1 $(PY) -m pytest tests/cuda -m "$(MARK)"; \
-	NORMFUSED_EMULATE=1 $(PY) -m pytest tests/norms tests/steps tests/contract tests/weights; \
+	NORMFUSED_EMULATE=1 $(PY) -m pytest tests/cuda $(PARALLEL) -m "$(MARK)"; \
+	NORMFUSED_EMULATE=1 $(PY) -m pytest tests/norms tests/steps tests/contract tests/weights $(PARALLEL) -m "$(MARK)"; \
 	$(PY) -m normfused build --arch "8.0 9.0"
 
 test-quick: env ## the suite without Triton and benchmarks
 	$(call install,test)
-	$(PY) -m pytest tests -m "$(MARK)" --ignore=tests/triton --ignore=tests/cuda --ignore=tests/build --ignore=tests/emulation
+	$(PY) -m pytest tests $(PARALLEL) -m "$(MARK)" --ignore=tests/triton --ignore=tests/cuda --ignore=tests/build --ignore=tests/emulation
 
 host-cost: emulation ## host time of eager calls with the launches left out, beside the torch.nn chain
 	$(PY) -m bench.host_cost

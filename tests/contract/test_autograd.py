@@ -9,6 +9,9 @@ from torch.autograd import gradcheck, gradgradcheck
 import normfused as nf
 from normfused import functional as nF
 
+from ..conftest import BACKENDS
+from ..support.cases import covering
+
 
 def leaves(*shapes):
     generator = torch.Generator().manual_seed(3)
@@ -27,9 +30,11 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("mode", [None, "pre_act", "post_act"])
-@pytest.mark.parametrize("act", ["identity", "silu", "elu", "softplus", "leaky_relu"])
-@pytest.mark.parametrize("norm", NORMS)
+RESIDUAL_MODES = [None, "pre_act", "post_act"]
+SMOOTH = ["identity", "silu", "elu", "softplus", "leaky_relu"]
+
+
+@covering({"norm": list(NORMS), "act": SMOOTH, "mode": RESIDUAL_MODES, "backend": BACKENDS}, indirect=["backend"])
 def test_once_and_twice(norm, act, mode, backend):
     x, r, w, b = leaves((2, 4, 2, 2), (2, 4, 2, 2), 4, 4)
     residual_last = norm == "layer"

@@ -11,6 +11,7 @@ from torch.library import opcheck
 import normfused as nf
 
 from ..conftest import EMULATED
+from ..support.cases import covering
 
 NAMES = ["cuda"] if EMULATED else ["torch", "reference"]
 LAYERS = {
@@ -33,12 +34,12 @@ def step(layer, x, r):
     return y.detach(), leaf.grad, shortcut.grad, *(p.grad for p in layer.parameters()), *layer.buffers()
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_fullgraph(make, name, compiler, layout):
-    _compiled_like_eager(make, name, compiler, layout)
+FORMATS = {"layout": [torch.contiguous_format, torch.channels_last]}
+
+
+@covering({"key": list(LAYERS), "name": NAMES, "compiler": ["aot_eager", "eager"], **FORMATS})
+def test_fullgraph(key, name, compiler, layout):
+    _compiled_like_eager(LAYERS[key], name, compiler, layout)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,10 +91,10 @@ STATIC = {
 }
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("act", ["silu", "prelu", "relu"])
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("norm", "mode"), [*((n, m) for n in STATIC for m in (None, "pre_act")), ("layer", "pre_norm")])
+@covering(
+    {"norm": list(STATIC), "mode": [None, "pre_act", "pre_norm"], "name": NAMES, "act": ["silu", "prelu", "relu"], **FORMATS},
+    lambda row: row["mode"] != "pre_norm" or row["norm"] == "layer",
+)
 def test_opcheck_whole_norms(norm, name, act, mode, layout):
     x, r = (torch.randn(3, 4, 3, 2).to(memory_format=layout) for _ in range(2))
     w, b, slope = torch.rand(4), torch.rand(4), torch.rand(4) if act == "prelu" else None

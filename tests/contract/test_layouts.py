@@ -22,6 +22,7 @@ from normfused.backends.torch import composite
 from normfused.problem import NCHW, NHWC, dense, format_of, layout_of
 
 from ..conftest import EMULATED, INTERPRETED
+from ..support.cases import covering
 from ..support.check import DEVICE
 
 NAMES = ["triton"] if INTERPRETED else ["cuda"] if EMULATED else ["torch", "reference"]
@@ -277,9 +278,10 @@ def test_network_copies_no_more_than_without_norms(kind: str, dims: int, name: s
 
 
 # -------------------------------------------------------------------------------------------------- compile, operators
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("form", ["channels_last", "channels of channels_last", "window of channels_last", "one channel of channels_last"])
-@pytest.mark.parametrize("kind", LAYERS)
+LAST = ["channels_last", "channels of channels_last", "window of channels_last", "one channel of channels_last"]
+
+
+@covering({"kind": list(LAYERS), "form": LAST, "name": NAMES})
 def test_compiled_formats(kind: str, form: str, name: str) -> None:
     torch._dynamo.reset()
     x = FORMS[form](SHAPES[4])

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -210,6 +211,16 @@ def pairwise(factors: dict[str, Sequence[Any]], allowed: Any, seed: int = 0) -> 
     return rows
 
 
+def covering(factors: dict[str, Sequence[Any]], allowed: Any = lambda row: True, **options: Any) -> pytest.MarkDecorator:
+    """``parametrize`` over the full product, of which quick runs take a row for every pair; the rest is marked slow."""
+    quick = [tuple(row.values()) for row in pairwise(factors, allowed)]
+    rows = []
+    for values in itertools.product(*factors.values()):
+        if allowed(dict(zip(factors, values, strict=True))):
+            rows.append(pytest.param(*values, marks=() if values in quick else pytest.mark.slow, id="-".join(map(str, values))))
+    return pytest.mark.parametrize(tuple(factors), rows, **options)
+
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 FACTORS = {
     "act": [name for name in ACTIVATIONS if name not in ("prelu", "tlu")] + ["prelu", "tlu", "prelu shared", "tlu shared"],
@@ -266,4 +277,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "position pre-norm": {"scope": POSITION, "residual": PRE_NORM},
     "position rms pre-norm": {"scope": POSITION, "rule": RMS, "residual": PRE_NORM},
 }
-__all__ = ["DTYPES", "FACTORS", "KINDS", "PARAMETER_TOLERANCE", "TOLERANCE", "Case", "activate", "allowed", "ncs", "options", "pairwise"]
+__all__ = [
+    "DTYPES",
+    "FACTORS",
+    "KINDS",
+    "PARAMETER_TOLERANCE",
+    "TOLERANCE",
+    "Case",
+    "activate",
+    "allowed",
+    "covering",
+    "ncs",
+    "options",
+    "pairwise",
+]
