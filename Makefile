@@ -60,7 +60,7 @@ toolkit: env
 
 # By the rungs of docs/testing.md; MARK="" runs the slow tests too. One process a core, each with one thread
 MARK ?= not slow
-PARALLEL ?= -n auto --maxprocesses 8
+PARALLEL ?= -n auto --maxprocesses 8 --dist loadgroup
 test test-cuda test-quick: export OMP_NUM_THREADS ?= 1
 test: env triton toolkit ## everything that runs here: torch, Triton, the CUDA kernels emulated and compiled, benchmark smoke
 	$(call install,test)

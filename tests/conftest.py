@@ -23,6 +23,8 @@ EMULATED = os.environ.get("NORMFUSED_EMULATE") == "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = os.environ.get("NORMFUSED_TEST_DEVICE", "cpu") != "cpu"
 _HERE = Path(__file__).parent
+# compiled libraries, groups of processes, a trained network
+_TOGETHER = ("build", "distributed", "emulation", "examples")
 
 
 def _backends() -> list[str]:
@@ -39,7 +41,12 @@ BACKENDS = _backends()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under the interpreter, which is slow, keep what is marked for it, and the backend's own tests."""
+    """Tests that share what takes long to make stay together. Under the interpreter, which is slow, keep what is marked for it, and
+    the backend's own tests."""
+    for item in items:
+        folder = item.path.relative_to(_HERE).parts[0]
+        if folder in _TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(folder))
     if not INTERPRETED:
         return
     own = _HERE / "triton"

@@ -170,6 +170,7 @@ def test_files_that_need_what_is_absent_are_left_out(monkeypatch: pytest.MonkeyP
     assert "-n" not in command.argv
 
 
+@pytest.mark.slow
 def test_the_benchmark_goes_on_with_its_file(tmp_path: Path) -> None:
     """The commands of the stages bench and matrix as they are, on the CPU: two cases in one file, which the record keeps."""
     chosen = catalogue.stages(["bench", "matrix"], tmp_path, "cpu")

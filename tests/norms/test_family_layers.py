@@ -16,6 +16,7 @@ import normfused as nf
 import normfused.functional as NF
 from normfused import ops
 from tests.conftest import EMULATED
+from tests.support.cases import covering
 from tests.support.check import DEVICE, data
 from tests.support.family import EPS, whiten
 
@@ -48,11 +49,10 @@ def assert_like(got: list[Tensor], want: list[Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- compile, copies
-@pytest.mark.parametrize("name", [f"{n} {c}" for n in NAMES for c in ("aot_eager", "aot_eager_decomp_partition")][:3])
-@layers
-def test_fullgraph(make: Any, name: str) -> None:
+@covering({"kind": list(LAYERS), "name": NAMES, "compiler": ["aot_eager", "aot_eager_decomp_partition"]})
+def test_fullgraph(kind: str, name: str, compiler: str) -> None:
     """The second compiler computes again in the backward what it can, by then from statistics that have moved on."""
-    name, compiler = name.split()
+    make = LAYERS[kind]
     torch._dynamo.reset()
     layer = make(act="silu", backend=name)
     twin = copy.deepcopy(layer)
