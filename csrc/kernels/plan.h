@@ -411,7 +411,8 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             s.bytes = view.walk.rows * team * vector_bytes;
             s.reductions = (values * std::max<int64_t>(rows * slice, half_threads) + 6 * slice) * accumulator;
         }
-        s.needed = ceil_div(s.bytes, half(s.reductions));
+        const int64_t room = half(s.reductions);  // none where the reductions of wide rows take it all: fits() decides then
+        s.needed = room > 0 ? ceil_div(s.bytes, room) : 0;
         s.useful = std::max<int64_t>(1, s.bytes / least);
         s.wanted = std::max(s.needed, std::min(ceil_div(2 * processors, s.held), s.useful));
         return s;
@@ -424,7 +425,8 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         const bool idle = of_two > largest && 2 * largest * s.held < processors && s.bytes > largest * 65536;
         if (idle && group && !forced) return false;
         if (owned(s.slice, Owner::cluster, std::min(of_two, largest), half_threads)) return true;
-        return ceil_div(s.bytes, whole(s.reductions)) <= largest && owned(s.slice, Owner::cluster, largest, most_threads);
+        const int64_t room = whole(s.reductions);
+        return (room <= 0 || ceil_div(s.bytes, room) <= largest) && owned(s.slice, Owner::cluster, largest, most_threads);
     };
     // ``least``: groups that must find room at once
     const auto by_groups = [&](const Share& s, int64_t least, bool partly) -> bool {
