@@ -196,8 +196,11 @@ inline int64_t slice_of(const Walk& w, Type type, int64_t bytes) {
 }  // namespace planning
 
 // ``pool``: whether arrival words can be had; ``forced_route``: a Route to take where it can be, for tests and measurements
-inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const Limits& limits, bool pool, int forced_route = -1) {
+inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& limits, bool pool, int forced_route = -1) {
     using namespace planning;
+    // nothing is launched for a tensor without elements, but its plan is asked for
+    for (int64_t* length : {&p.N, &p.S, &p.groups}) *length = std::max<int64_t>(*length, 1);
+    p.C = std::max(p.C, p.groups);
     const View view = view_of(p);
     const int V = vector_of(p.type), accumulator = p.type == Type::float64 ? 8 : 4;
     const bool backward = step == Step::norm_act_backward || step == Step::grad_moments || step == Step::grad_apply;
