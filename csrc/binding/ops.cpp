@@ -106,6 +106,7 @@ class Call {
         check(aoti_torch_get_strides(parameter->get(), &strides));
         Tensor made = empty(sizes, strides, dim, dtype_of(*parameter), place_);
         gradient = this->parameter(made, name);
+        if (problem.elements() == 0) check(aoti_torch_zero_(made.get()));  // no launch will write it
         return made;
     }
 

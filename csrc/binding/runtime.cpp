@@ -104,7 +104,9 @@ bool compiled_with_clusters(int index) {
     for (std::string word; list >> word;) {
         int of = 0, point = 0;
         if (std::sscanf(word.c_str(), "%d.%d", &of, &point) != 2) continue;
-        if (of >= 9 && (of < major || (of == major && point <= minor))) return true;
+        // machine code runs within its generation, PTX on all that is newer
+        const bool newer = of < major && word.find("+PTX") != std::string::npos;
+        if (of >= 9 && (newer || (of == major && point <= minor))) return true;
     }
     return false;
 }

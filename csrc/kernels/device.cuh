@@ -535,6 +535,7 @@ NF_DEVICE void sync_cluster(Site site = Site::here()) {
     (void)site;
     NF_EMULATED(simt::sync_cluster(site);)
 #ifndef NF_EMULATION
+    __syncwarp();  // ``aligned`` asks for all lanes together, which the compiler need not see to for what is written out
     NF_SM90(asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" :: : "memory");)
 #endif
 }
@@ -544,6 +545,7 @@ NF_DEVICE void leave_cluster(Site site = Site::here()) {
     (void)site;
     NF_EMULATED(simt::sync_cluster(site);)
 #ifndef NF_EMULATION
+    __syncwarp();
     NF_SM90(asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" :: : "memory");)
 #endif
 }

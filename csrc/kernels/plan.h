@@ -196,8 +196,11 @@ inline int64_t slice_of(const Walk& w, Type type, int64_t bytes) {
 }  // namespace planning
 
 // ``pool``: whether arrival words can be had; ``forced_route``: a Route to take where it can be, for tests and measurements
-inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const Limits& limits, bool pool, int forced_route = -1) {
+inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& limits, bool pool, int forced_route = -1) {
     using namespace planning;
+    // nothing is launched for a tensor without elements, but its plan is asked for
+    for (int64_t* length : {&p.N, &p.S, &p.groups}) *length = std::max<int64_t>(*length, 1);
+    p.C = std::max(p.C, p.groups);
     const View view = view_of(p);
     const int V = vector_of(p.type), accumulator = p.type == Type::float64 ? 8 : 4;
     const bool backward = step == Step::norm_act_backward || step == Step::grad_moments || step == Step::grad_apply;
@@ -411,7 +414,8 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
             s.bytes = view.walk.rows * team * vector_bytes;
             s.reductions = (values * std::max<int64_t>(rows * slice, half_threads) + 6 * slice) * accumulator;
         }
-        s.needed = ceil_div(s.bytes, half(s.reductions));
+        const int64_t room = half(s.reductions);  // none where the reductions of wide rows take it all: fits() decides then
+        s.needed = room > 0 ? ceil_div(s.bytes, room) : 0;
         s.useful = std::max<int64_t>(1, s.bytes / least);
         s.wanted = std::max(s.needed, std::min(ceil_div(2 * processors, s.held), s.useful));
         return s;
@@ -424,7 +428,8 @@ inline Plan choose_plan(const Problem& p, Step step, const Needs& needs, const L
         const bool idle = of_two > largest && 2 * largest * s.held < processors && s.bytes > largest * 65536;
         if (idle && group && !forced) return false;
         if (owned(s.slice, Owner::cluster, std::min(of_two, largest), half_threads)) return true;
-        return ceil_div(s.bytes, whole(s.reductions)) <= largest && owned(s.slice, Owner::cluster, largest, most_threads);
+        const int64_t room = whole(s.reductions);
+        return (room <= 0 || ceil_div(s.bytes, room) <= largest) && owned(s.slice, Owner::cluster, largest, most_threads);
     };
     // ``least``: groups that must find room at once
     const auto by_groups = [&](const Share& s, int64_t least, bool partly) -> bool {

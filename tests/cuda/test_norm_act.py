@@ -150,3 +150,15 @@ def test_nan_stays_in_its_set(groups: int | None, act: str, route: str, dtype: t
             assert torch.isnan(y[:, 2]).all()
     for clean, beside in zip(*outs, strict=True):
         assert torch.equal(clean, beside)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("kind", ["channel tracked", "group", "position"])
+def test_no_elements(kind: str, layout: str, device: torch.device) -> None:
+    """As an exported program with a free batch size may be given: a plan is found, nothing is launched, parameters' gradients are zero."""
+    for shape in ((0, 6, 4, 4), (2, 6, 0, 4)):
+        case = Case(shape=shape, layout=layout, device=device, **cases.KINDS[kind])
+        out = case.forward()
+        dx, _, *gradients = case.backward(*out)
+        assert out[0].shape == dx.shape == case.x.shape
+        assert all(float(gradient.abs().sum()) == 0 for gradient in gradients if gradient is not None)

@@ -240,6 +240,14 @@ def test_edges_are_legal(scope: str, layout: str, step: str, device: str) -> Non
                     )
 
 
+@pytest.mark.parametrize("device", ["4090", "5090"])
+def test_sums_that_take_a_whole_block_are_legal(device: str) -> None:
+    """Rows of 1408 and 2240 channels: their sums take what two blocks of a processor, or one, have for a slab, to the byte."""
+    for C in range(1376, 2273, 8):
+        for step in WHOLE_STEPS:
+            check_legal(Question(SAMPLE_GROUP, 4, C, 784, 1, NHWC, torch.float16, step, device=DEVICES[device]))
+
+
 # ------------------------------------------------------------------------------------------------- every element exactly once
 def check_covered(q: Question) -> None:
     at = walks().plan(q)
