@@ -37,6 +37,9 @@ def floating(op: str, x: Tensor) -> None:
         raise TypeError(f"{op}: input must be a Tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATING:
         raise DTypeError(f"{op}: input must be float16, bfloat16, float32 or float64, got {_name(x.dtype)}; convert it with .float()")
+    if x.layout != torch.jagged and (x.layout != torch.strided or x.is_nested):  # of jagged ones ATen has layer and RMS norm
+        kind = "a nested tensor without layout=torch.jagged" if x.is_nested else f"a tensor of {x.layout}"
+        raise ArgumentError(f"{op}: input must be a dense tensor, got {kind}")
 
 
 def min_dim(op: str, x: Tensor, least: int) -> None:

@@ -673,6 +673,8 @@ def norm_act(
         )
         if eager and not batch_statistics and running_mean is None and weight is None:
             x = composite.format_gradient(x, format_of(x), eager, own=False)
+        if not (batch_statistics or running_mean is None or running_var is None or see_through()) and torch.is_grad_enabled():
+            running_mean, running_var = snapshot(running_mean), snapshot(running_var)  # a training forward may come before the backward
         return composite.norm_act(
             x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
             scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, eager, normalized_shape,

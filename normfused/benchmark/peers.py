@@ -306,9 +306,7 @@ _Build = Callable[[Any, dict[str, Any]], dict[str, Any]]  # (graph, its inputs b
 class _Graph:
     """One built cuDNN graph. ``inputs`` and ``outputs`` are tensors to describe, by name; outputs are made anew by every call."""
 
-    def __init__(
-        self, build: Callable[[Any, dict[str, Any]], dict[str, Any]], inputs: dict[str, Tensor], outputs: dict[str, Tensor]
-    ) -> None:
+    def __init__(self, build: _Build, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         import cudnn
         from cudnn.ops.norm._common import TORCH_DTYPE_TO_CUDNN, get_handle
 

@@ -335,7 +335,7 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "P12",
         "memory saved for the backward",
-        "x only (and a mask of T/16); SiLU, GELU: a third less than eager with y; in place: half (normfused has no such mode)",
+        "x only (and a mask of T/16); SiLU, GELU: a third less than eager with y; LeakyReLU with memory_efficient: half (y only)",
         "inplace_abn: half, 0.8 to 2 % slower",
         (
             every(

@@ -64,7 +64,8 @@ def fuse_norms(
     Raises:
         TypeError, ValueError: arguments that are not the above.
     """
-    wanted = _checked(model, kinds, acts, backend)
+    exclude = exclude if isinstance(exclude, str) else tuple(exclude)
+    wanted = _checked(model, kinds, acts, exclude, backend)
     if not inplace and not dry_run:
         model = copy.deepcopy(model)
     plan = _Plan(model, frozenset(kinds), wanted, residual, tuple(exclude))
@@ -100,7 +101,7 @@ def unfuse_norms(model: nn.Module) -> FusionReport:
     return FusionReport(f"unfuse_norms({type(model).__name__})", model, rows)
 
 
-def _checked(model: Any, kinds: Iterable[str], acts: Any, backend: str | None) -> frozenset[str]:
+def _checked(model: Any, kinds: Iterable[str], acts: Any, exclude: Iterable[str], backend: str | None) -> frozenset[str]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse_norms: model must be a Module, got {type(model).__name__}")
     unknown = sorted(set(kinds) - set(KINDS))
@@ -108,6 +109,9 @@ def _checked(model: Any, kinds: Iterable[str], acts: Any, backend: str | None) -
         raise ValueError(f"fuse_norms: kinds must be among {', '.join(KINDS)}, got {kinds if isinstance(kinds, str) else unknown}")
     if backend is not None and backend not in ("auto", *dispatch.BACKENDS):
         raise ValueError(f"fuse_norms: unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")
+    absent = sorted(set(exclude) - {name for name, _ in model.named_modules(remove_duplicate=False)})
+    if isinstance(exclude, str) or absent:
+        raise ValueError(f"fuse_norms: exclude must be names of the model's modules, got {exclude if isinstance(exclude, str) else absent}")
     if acts is None:
         return frozenset()
     if isinstance(acts, str):

@@ -235,6 +235,3 @@ class NormActMixin:
         if self.backend not in (None, "auto"):
             own.append(f"backend={self.backend}")
         return ", ".join([super().extra_repr(), *own])  # type: ignore[misc]
-
-    def _act_arguments(self) -> tuple[ActivationLike, Tensor | None]:
-        return self.act, None

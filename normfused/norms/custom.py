@@ -94,7 +94,11 @@ def run_rule(
 
     def positional(mean: Tensor, var: Tensor, *tensors: Tensor) -> tuple[Any, Any]:
         wide = {n: t.to(mean.dtype) if t.is_floating_point() else t for n, t in zip(given, tensors, strict=True)}
-        return rule(mean, var, **wide, **absent)
+        found = rule(mean, var, **wide, **absent)
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            got = f"{len(found)} of them" if isinstance(found, (tuple, list)) else type(found).__name__
+            raise TypeError(f"{op}: the rule must return two tensors, scale and shift, got {got}")
+        return found[0], found[1]
 
     y, mean, var = ops.slice_norm_act(
         x, ops.SliceRule(positional, centred, translation), tuple(given.values()), residual, act_weight, fused, mode, backend
@@ -170,11 +174,6 @@ class CustomNormAct(NormActMixin, nn.Module):
     def extra_repr(self) -> str:
         options = "".join(f", {k}={v}" for k, v in self.options.items())
         return f"{self.num_features}{options}" + super().extra_repr()
-
-
-class _Nothing:
-    def extra_repr(self) -> str:
-        return ""
 
 
 def define_norm(

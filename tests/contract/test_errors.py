@@ -253,3 +253,39 @@ def test_a_bad_environment_variable_is_found_at_the_first_use(value, match):
 def test_autocast_policy_name():
     with pytest.raises(ValueError, match="'keep' or 'torch', got 'fp32'"):
         nf.set_autocast_policy("fp32")
+
+
+def test_the_class_of_an_activation_is_no_activation():
+    for act in (nn.ReLU, ("relu", 0.1)):
+        with pytest.raises(TypeError, match="act: .*got"):
+            nf.BatchNormAct2d(4, act=act)
+    with pytest.raises(TypeError, match="got the class SiLU, no instance"):
+        nF.group_norm_act(X, 2, act=nn.SiLU)
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_tensors_that_are_not_dense(make):
+    for x in (X.to_sparse(), X.to_mkldnn()):
+        raises_and_leaves_alone(make(), (ValueError, RuntimeError), f"input must be a dense tensor, got a tensor of {x.layout}", x)
+
+
+def test_nested_tensors_are_jagged_ones():
+    rows = [torch.randn(2, 5), torch.randn(3, 5)]
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    for layer in (nf.LayerNormAct(5, act="gelu"), nf.RMSNormAct(5)):
+        torch.testing.assert_close(layer(jagged).values(), layer(torch.cat(rows)))
+        raises_and_leaves_alone(layer, (ValueError, RuntimeError), "got a nested tensor without", torch.nested.nested_tensor(rows))
+
+
+def test_what_a_rule_returns():
+    for rule, got in ((lambda mean, var: mean, "Tensor"), (lambda mean, var: (mean, var, var), "3 of them")):
+        with pytest.raises(TypeError, match=f"custom_norm_act: the rule must return two tensors, scale and shift, got {got}"):
+            nF.custom_norm_act(X, rule)
+
+
+def test_excluded_names_are_names():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+    for exclude, got in (("0", "got 0"), (["1", "norm"], r"got \['norm'\]")):
+        with pytest.raises(ValueError, match=f"exclude must be names of the model's modules, {got}"):
+            nf.fuse_norms(model, exclude=exclude)
+    assert not any(row.now for row in nf.fuse_norms(model, exclude=iter(["0"])).rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -108,19 +109,20 @@ def test_buffers_set_to_none_later(backend: str) -> None:
 
 def test_rewriting_the_buffers_between_forward_and_backward(backend: str) -> None:
     """DDP broadcasts buffers in place: two forwards before a backward must not see it, in training or evaluation."""
-    for training in (True, False):
+    for training, instance in itertools.product((True, False), (False, True)):
         x = data((3, 6, 4, 3)).requires_grad_()
         grads = []
         for disturb in (False, True):
-            layer = _layer((3, 6, 4, 3), False, backend, act="silu").train(training)
+            layer = _layer((3, 6, 4, 3), instance, backend, act="silu", affine=True).train(training)
             y = layer(x)
-            if disturb and training:
-                second = layer(x * 2)
+            if disturb:
+                second = layer.train()(x * 2)
                 layer.running_mean.fill_(7.0)  # type: ignore[union-attr,operator]
                 layer.running_var.fill_(3.0)  # type: ignore[union-attr,operator]
                 assert torch.isfinite(second).all()
-            grads.append(torch.autograd.grad(y.square().sum(), x)[0])
-        assert torch.equal(*grads)
+            grads.append(torch.autograd.grad(y.square().sum(), (x, layer.weight)))
+        for undisturbed, disturbed in zip(*grads, strict=True):
+            assert torch.equal(undisturbed, disturbed)
 
 
 def test_cumulative_average_without_reading_the_counter_on_the_host(backend: str) -> None:

@@ -403,10 +403,6 @@ def _known(argument: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise ValueError(f"networks.run: {argument} must be of {', '.join(known)}, got {name!r}")
 
 
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
