@@ -185,7 +185,7 @@ def parse(act: ActivationLike) -> Activation | Callable[[Tensor], Tensor]:
         return _with_parameters(act[0], act[1])
     if isinstance(act, nn.Module):
         return from_module(act) or act
-    if isinstance(act, type) and issubclass(act, nn.Module):
+    if isinstance(act, type):
         raise TypeError(f"act: must be None, a name, (name, parameters), a module or a callable, got the class {act.__name__}, no instance")
     if callable(act):
         try:

@@ -371,7 +371,6 @@ def _fake_grad_apply(dy: Any, x: Tensor, *static: Any) -> Any:
 for _name, _real, _fake in (
     ("norm_act", _every_output(_norm_act, 0), _fake_norm_act),
     ("norm_act_backward", _every_output(_norm_act_backward, 2), _fake_norm_act_backward),
-    ("snapshot", torch.clone, torch.clone),
     ("moments", _moments, _fake_moments),
     ("apply", _apply, _fake_apply),
     ("grad_moments", _grad_moments, _fake_grad_moments),
@@ -380,6 +379,9 @@ for _name, _real, _fake in (
     _library.impl(_name, _real, "CPU")
     _library.impl(_name, _real, "CUDA")
     torch.library.register_fake(f"normfused::{_name}", _fake, lib=_library)
+
+_library.impl("snapshot", torch.clone, "CompositeExplicitAutograd")  # on any device
+torch.library.register_fake("normfused::snapshot", torch.clone, lib=_library)
 
 _ops = torch.ops.normfused
 trace: list[tuple[str, str, str, str, Activation, str | None, Problem | None]] | None = None  # `explain` listens here

@@ -116,8 +116,8 @@ class RescaleNet(nn.Module):
         super().__init__()
         if stem not in ("imagenet", "small"):
             raise ValueError(f"rescalenet: stem must be 'imagenet' or 'small', got {stem!r}")
-        if not layers or min(layers) < 1:
-            raise ValueError(f"rescalenet: layers must hold the number of blocks of each stage, at least 1, got {tuple(layers)}")
+        if isinstance(layers, int) or not layers or min(layers) < 1:
+            raise ValueError(f"rescalenet: layers must hold the number of blocks of each stage, at least 1, got {layers}")
         large = stem == "imagenet"
         self.conv1 = nn.Conv2d(in_channels, width, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
         self.bias1 = InputBias(width, batches, "relu", act_last=True, backend=backend)

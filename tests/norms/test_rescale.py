@@ -189,6 +189,7 @@ def test_errors() -> None:
         "rescalenet: kind must be one of basic, bottleneck, got 'wide'": lambda: nf.rescalenet(kind="wide"),
         "rescalenet: stem must be 'imagenet' or 'small', got 'big'": lambda: nf.rescalenet(stem="big"),
         "rescalenet: layers must hold the number of blocks": lambda: nf.rescalenet([2, 0]),
+        "rescalenet: layers must hold the number of blocks of each stage, at least 1, got 18": lambda: nf.rescalenet(18),
     }.items():
         with pytest.raises(ValueError) as caught:
             call()
