@@ -53,6 +53,7 @@ _LIBRARIES: dict[tuple[str, str], tuple[str, type, dict[str, Any]]] = {
     ("timm", "FrozenBatchNormAct2d"): ("bn", FrozenBatchNormAct2d, {}),
     ("torchvision", "FrozenBatchNorm2d"): ("bn", FrozenBatchNormAct2d, {}),
     ("detectron2", "FrozenBatchNorm2d"): ("bn", FrozenBatchNormAct2d, {}),
+    ("detectron2", "LayerNorm"): ("ln", LayerNormAct, {**_OVER_CHANNELS, "elementwise_affine": True}),
     ("timm", "GroupNorm"): ("gn", GroupNormAct, {}),
     ("timm", "GroupNorm1"): ("gn", GroupNormAct, {}),
     ("timm", "GroupNormAct"): ("gn", GroupNormAct, {}),
@@ -102,7 +103,7 @@ def conversion(module: nn.Module) -> Conversion | str:
     if isinstance(module, NormActMixin):
         kind = _kind_of(module)
         # one that was built as it is may get the activation after it too, if its norm is as torch's and it keeps x for the backward
-        may_get_more = record_of(module) is not None or (cls in _OWN and not module.memory_efficient)
+        may_get_more = record_of(module) is not None or ((cls in _OWN or cls is sync_batch_norm_act()) and not module.memory_efficient)
         if not may_get_more or kind is None or module.__dict__.get("act") is not None:
             return ALREADY
         return Conversion(kind, cls, {}, own_act="act" in module._modules)
