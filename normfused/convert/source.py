@@ -583,7 +583,7 @@ class _Method:
             if not hasattr(found, part):
                 return False, None
             found = getattr(found, part)
-        return found is None or isinstance(found, (nn.Module, bool, int, float, str)), found
+        return found is None or isinstance(found, (nn.Module, bool, int, float, str)) or _function_as_act(found) is not None, found
 
     # ----------------------------------------------------------------------------------------------------- trees
     def _link(self) -> None:

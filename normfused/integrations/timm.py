@@ -94,16 +94,19 @@ def patched(**options: Any) -> Iterator[list[FusionReport]]:
         return fused
 
     with ExitStack() as stack:
-        for registry in (_norms(), _norm_acts(), _with_act_layer()):
+        for registry in (_norms(), _norm_acts()):
             stack.callback(_refill, registry, registry.copy())
-        stack.callback(setattr, factory, "model_entrypoint", entrypoint)
+        told = set(_with_act_layer())
         register()
+        # functions that are made within the block are told further on
+        stack.callback(_with_act_layer().difference_update, _with_act_layer() - told)
+        stack.callback(setattr, factory, "model_entrypoint", entrypoint)
         factory.model_entrypoint = fused_entrypoint
         yield reports
 
 
-def _refill(registry: Any, content: Any) -> None:
-    """The same object with its former content."""
+def _refill(registry: dict[str, Any], content: dict[str, Any]) -> None:
+    """The same object with its former content, in its order."""
     registry.clear()
     registry.update(content)
 
@@ -158,7 +161,7 @@ def _function(where: str, kind: str | type, own: Any, options: dict[str, Any]) -
                 raise TypeError(f"{where}: a norm with an activation must be told which, got no act_layer; use norm_act_layer(kind, act)")
             if own is _NOT_GIVEN:
                 module = required("timm.layers", "timm").create_act_layer(act, **(act_kwargs or {}))
-                act = twin(module) or module  # torch's class where timm has one of its own
+                act = None if module is None else twin(module) or module  # torch's class where timm has one of its own
         if drop_layer is not None:  # between the two: nothing to fuse
             parts = [drop_layer()] if act is None else [drop_layer(), module_of(act, num_features)]
             act = nn.Sequential(*parts)

@@ -49,9 +49,11 @@ def same(model: nn.Module, plain: nn.Module) -> None:
 
 def test_patched_fuses_what_is_created_and_restores_all(timm: Any) -> None:
     create_model = timm.create_model  # imported by name, before
+    with nf.integrations.timm.patched():
+        kept = nf.integrations.timm.norm_layer("bn")
+    assert timm.layers.get_norm_act_layer(kept, nn.ReLU)(4).act is not None  # serves on
     for name in timm.families:
         plain = create_model(name)
-        nf.integrations.timm.norm_layer("bn")
         before = state()
         with nf.integrations.timm.patched(exclude=["conv1"]) as reports:
             model = create_model(name)
