@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import diagnostics, functional, parametrizations
+from . import diagnostics, functional, integrations, parametrizations
 from .activations import ACTIVATIONS, TLU
 from .backends.cuda import set_spare_processors
 from .checks import ArgumentError, DeviceError, DTypeError, ShapeError
@@ -114,6 +114,7 @@ __all__ = [
     "gates",
     "get_autocast_policy",
     "get_backend",
+    "integrations",
     "parametrizations",
     "rescale_init_",
     "rescale_parameter_groups",

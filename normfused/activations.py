@@ -164,7 +164,7 @@ def parse(act: ActivationLike) -> Activation | Callable[[Tensor], Tensor]:
     """Resolve what a user gave as ``act``.
 
     Args:
-        act: None or a name of `ACTIVATIONS`; ``(name, {parameter: number})``; a torch activation module; any callable.
+        act: None or a name of `ACTIVATIONS`; ``(name, {parameter: number})``; a torch activation module or its class; any callable.
 
     Returns:
         An `Activation` if it is fused, else the callable itself, which is composed after the norm.
@@ -183,6 +183,7 @@ def parse(act: ActivationLike) -> Activation | Callable[[Tensor], Tensor]:
         if len(act) != 2 or not isinstance(act[0], str) or not isinstance(act[1], dict):
             raise TypeError(f"act: a pair must be (name, dict of parameters), got {act!r}")
         return _with_parameters(act[0], act[1])
+    act = _instance(act)
     if isinstance(act, nn.Module):
         return from_module(act) or act
     if isinstance(act, type):
@@ -193,6 +194,11 @@ def parse(act: ActivationLike) -> Activation | Callable[[Tensor], Tensor]:
         except TypeError:  # unhashable callable
             return act
     raise TypeError(f"act: must be None, a name, (name, parameters), a module or a callable, got {type(act).__name__}")
+
+
+def _instance(act: Any) -> Any:
+    """A class of modules as one of its objects."""
+    return act() if isinstance(act, type) and issubclass(act, nn.Module) else act
 
 
 def _named(name: str) -> Activation:
@@ -234,6 +240,7 @@ class Composed(nn.Module):
 
 def module_of(act: ActivationLike, channels: int, device: Any = None, dtype: Any = None) -> nn.Module | None:
     """The module that a layer keeps as its child ``act`` (None for no activation), so that print, state_dict and hooks see it."""
+    act = _instance(act)
     if isinstance(act, nn.Module):
         return act
     parsed = parse(act)

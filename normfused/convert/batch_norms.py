@@ -62,10 +62,12 @@ def _is_own(layer: nn.Module) -> bool:
 
 
 def _remember(layer: Any) -> None:
-    """On the way back, what was a plain batch norm is a synchronized one; another package's is its own again."""
+    """On the way back, what was a batch norm of torch or normfused is a synchronized one; another package's is its own again."""
     record = record_of(layer)
     if record is not None and record.original in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
         record.original = nn.SyncBatchNorm
+    elif record is not None and record.original in _OWN:
+        record.original = type(layer)
 
 
 def freeze_batch_norm(model: nn.Module) -> nn.Module:

@@ -53,6 +53,7 @@ _LIBRARIES: dict[tuple[str, str], tuple[str, type, dict[str, Any]]] = {
     ("timm", "FrozenBatchNormAct2d"): ("bn", FrozenBatchNormAct2d, {}),
     ("torchvision", "FrozenBatchNorm2d"): ("bn", FrozenBatchNormAct2d, {}),
     ("detectron2", "FrozenBatchNorm2d"): ("bn", FrozenBatchNormAct2d, {}),
+    ("detectron2", "LayerNorm"): ("ln", LayerNormAct, {**_OVER_CHANNELS, "elementwise_affine": True}),
     ("timm", "GroupNorm"): ("gn", GroupNormAct, {}),
     ("timm", "GroupNorm1"): ("gn", GroupNormAct, {}),
     ("timm", "GroupNormAct"): ("gn", GroupNormAct, {}),
@@ -69,6 +70,8 @@ _LIBRARIES: dict[tuple[str, str], tuple[str, type, dict[str, Any]]] = {
     ("timm", "FilterResponseNormTlu2d"): ("frn", FilterResponseNorm2d, {}),
     ("timm", "FilterResponseNormAct2d"): ("frn", FilterResponseNorm2d, {"tau": None}),
 }
+
+_OWN = frozenset((*(cls for _, cls in _TORCH.values()), *(cls for _, cls, _ in _LIBRARIES.values())))
 
 
 def class_name(module: nn.Module) -> str:
@@ -98,9 +101,10 @@ def conversion(module: nn.Module) -> Conversion | str:
     if "forward" in module.__dict__:
         return "its forward was replaced on the object"
     if isinstance(module, NormActMixin):
-        record = record_of(module)
         kind = _kind_of(module)
-        if record is None or kind is None or module.__dict__.get("act") is not None:
+        # one that was built as it is may get the activation after it too, if its norm is as torch's and it keeps x for the backward
+        may_get_more = record_of(module) is not None or ((cls in _OWN or cls is sync_batch_norm_act()) and not module.memory_efficient)
+        if not may_get_more or kind is None or module.__dict__.get("act") is not None:
             return ALREADY
         return Conversion(kind, cls, {}, own_act="act" in module._modules)
     if cls is nn.SyncBatchNorm:

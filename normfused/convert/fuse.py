@@ -14,7 +14,7 @@ from torch import nn
 from .. import dispatch
 from ..activations import ACTIVATIONS, IDENTITY, Activation, from_module
 from ..norms.base import NormActMixin
-from . import source, trace
+from . import guards, source, trace
 from .blocks import known_block
 from .classes import ALREADY, KINDS, Conversion, class_name, conversion, is_norm
 from .report import FusionReport, Row
@@ -71,6 +71,7 @@ def fuse_norms(
     plan = _Plan(model, frozenset(kinds), wanted, residual, tuple(exclude))
     if not dry_run:
         plan.apply(backend)
+        guards.guard_loaded()
     title = f"fuse_norms({type(model).__name__})" + (", dry run" if dry_run else "")
     return FusionReport(title, model, plan.rows(), _notes(model))
 
@@ -292,6 +293,8 @@ class _Plan:
             if isinstance(norm.conversion, str) or norm.is_done:
                 continue
             attributes = {"residual_mode": "pre_act", "backend": backend, **norm.conversion.attributes}
+            if backend is None and issubclass(norm.was, NormActMixin):
+                del attributes["backend"]  # it keeps its own
             own = norm.module._modules.get("act") if norm.conversion.own_act else None
             if norm.fusion is not None:
                 attributes["act"] = norm.fusion.act

@@ -3,12 +3,13 @@
 A plain norm, or nothing, that takes the place of a norm with an activation is caught when it is registered (by a hook that
 `torch.nn.modules.module` offers for this), whoever does it: torch's and timm's ``convert_sync_batchnorm``, Lightning's
 ``sync_batchnorm=True``, timm's and detectron2's freezers. Folding into a convolution registers nothing, so torch's functions
-for it ask here.
+for it, and mmcv's once a model is fused, ask here.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +24,12 @@ from ..norms.base import NormActMixin
 from .classes import TORCH_NORMS
 
 _lossy: ContextVar[bool] = ContextVar("normfused_lossy_conversion", default=False)
+_ASKS = "_normfused_asks"
+# functions of (convolution, norm) in any order, looked up by their callers when they are called
+_FOLDERS = (
+    ("mmcv.cnn.utils.fuse_conv_bn", "_fuse_conv_bn"),
+    ("mmcv.cnn.bricks.conv_module", "efficient_conv_bn_eval_forward"),
+)
 _TORCH_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -66,7 +73,11 @@ def _on_registration(parent: nn.Module, name: str, new: nn.Module | None) -> Non
 def _instead_of(new: nn.Module) -> str:
     name = type(new).__name__
     if isinstance(new, nn.SyncBatchNorm) or "Sync" in name:
-        return "normfused.convert_sync_batchnorm(model)"
+        converter = "normfused.convert_sync_batchnorm(model)"
+        if not any(package in sys.modules for package in ("lightning.pytorch", "pytorch_lightning")):
+            return converter
+        plugin = "Trainer(plugins=[normfused.integrations.lightning.NormFusedSyncBatchNorm()])"
+        return f"{plugin} in place of sync_batchnorm=True, or {converter}"
     if "Frozen" in name:
         return "normfused.freeze_batch_norm(model)"
     return "normfused.fuse_conv_norm_eval(conv, norm)" if isinstance(new, nn.Identity) else "normfused.unfuse_norms(model) before"
@@ -90,7 +101,16 @@ def _asking_first(function: Callable[..., Any]) -> Callable[..., Any]:
                 _refuse(f"{function.__name__} of a {type(norm).__name__}", act, "normfused.fuse_conv_norm_eval(conv, norm)")
         return function(*args, **kwargs)
 
+    setattr(asking, _ASKS, True)
     return asking
+
+
+def guard_loaded() -> None:
+    """Let the functions of other packages that fold a norm without registering anything ask too, if they are imported by now."""
+    for module, name in _FOLDERS:
+        function = getattr(sys.modules.get(module), name, None)
+        if function is not None and not getattr(function, _ASKS, False):
+            setattr(sys.modules[module], name, _asking_first(function))
 
 
 def install() -> None:

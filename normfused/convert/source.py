@@ -472,20 +472,20 @@ class _Method:
         path = _chain(call.func, self.own)
         if path is not None:
             module = self._value(path)
-            if isinstance(module, nn.Module) and len(call.args) == 1 and not call.keywords:
-                held = twin(module)
-                found = None if held is None else from_module(held)
-                if found is not None and found != IDENTITY:
-                    return _Act(found, module, path[0] if len(path) == 1 else None)
-            return None
+            if len(call.args) != 1 or call.keywords:
+                return None
+            if not isinstance(module, nn.Module):  # a function kept as an attribute (detectron2's activation=F.relu)
+                kept = _function_as_act(module)
+                return None if kept is None else _Act(kept, None, None)
+            held = twin(module)
+            found = None if held is None else from_module(held)
+            return None if found is None or found == IDENTITY else _Act(found, module, path[0] if len(path) == 1 else None)
         return self._function(call)
 
     def _function(self, call: ast.Call) -> _Act | None:
         function = self._global(call.func)
-        if function is None or isinstance(function, nn.Module):
-            return None
-        found = parse(function) if callable(function) else None
-        if not isinstance(found, Activation) or found == IDENTITY:
+        found = _function_as_act(function)
+        if found is None:
             return None
         names = _NUMBERS.get(found.name, ("inplace",))
         if len(call.args) - 1 > len(names):
@@ -583,7 +583,7 @@ class _Method:
             if not hasattr(found, part):
                 return False, None
             found = getattr(found, part)
-        return found is None or isinstance(found, (nn.Module, bool, int, float, str)), found
+        return found is None or isinstance(found, (nn.Module, bool, int, float, str)) or _function_as_act(found) is not None, found
 
     # ----------------------------------------------------------------------------------------------------- trees
     def _link(self) -> None:
@@ -603,6 +603,14 @@ class _Method:
             elif isinstance(value, list):
                 value[:] = [by if v is node else v for v in value]
         self._link()
+
+
+def _function_as_act(function: Any) -> Activation | None:
+    """The activation that a function is; a module is none here, nor is a class of modules, whose call makes one."""
+    if not callable(function) or isinstance(function, (nn.Module, type)):
+        return None
+    found = parse(function)
+    return found if isinstance(found, Activation) and found != IDENTITY else None
 
 
 def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
