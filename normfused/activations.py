@@ -187,7 +187,7 @@ def parse(act: ActivationLike) -> Activation | Callable[[Tensor], Tensor]:
     if isinstance(act, nn.Module):
         return from_module(act) or act
     if isinstance(act, type):
-        raise TypeError(f"act: must be None, a name, (name, parameters), a module or a callable, got the class {act.__name__}, no instance")
+        raise TypeError(f"act: must be None, a name, (name, parameters), a module or a callable, got the class {act.__name__}")
     if callable(act):
         try:
             return _FUNCTIONS.get(act, act)
