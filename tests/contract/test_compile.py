@@ -305,36 +305,14 @@ def generated_only(monkeypatch):
 
 
 class Residual(nn.Module):
-    """relu(bn(x) + r), and, with convolutions, a block of a ResNet."""
+    """relu(bn(x) + r)."""
 
-    def __init__(self, channels, convolutions=False):
+    def __init__(self, channels):
         super().__init__()
         self.bn = nn.BatchNorm2d(channels)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False) if convolutions else nn.Identity()
 
     def forward(self, x, r):
-        return torch.relu(self.bn(self.conv(x)) + r)
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        self.second = Residual(16, convolutions=True)
-
-    def forward(self, x):
-        return self.second(self.first(x), x)
-
-
-class OverChannels(nn.LayerNorm):
-    def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
-def fused(network):
-    report = nf.fuse_norms(network)
-    assert len(report.fused) == len(report.rows) == 2
-    return network
+        return torch.relu(self.bn(x) + r)
 
 
 # name -> torch's network, ours
@@ -342,12 +320,6 @@ PAIRS = {
     "batch + relu": (lambda: nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()), lambda: nf.BatchNormAct2d(16, act="relu")),
     "batch + add + relu": (lambda: Residual(16), lambda: nf.BatchNormAct2d(16, act="relu")),
     "group + silu": (lambda: nn.Sequential(nn.GroupNorm(4, 16), nn.SiLU()), lambda: nf.GroupNormAct(4, 16, act="silu")),
-    "instance + leaky_relu": (
-        lambda: nn.Sequential(nn.InstanceNorm2d(16, affine=True), nn.LeakyReLU()),
-        lambda: nf.InstanceNormAct2d(16, affine=True, act="leaky_relu"),
-    ),
-    "layer dim=1": (lambda: OverChannels(16), lambda: nf.LayerNormAct(16, dim=1)),
-    "converted block": (Block, lambda: fused(Block())),
 }
 
 

@@ -76,14 +76,13 @@ def operators(program: torch.export.ExportedProgram) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_exported_programs_are_made_of_aten_operators(training: bool, strict: bool) -> None:
+def test_exported_programs_are_made_of_aten_operators(training: bool) -> None:
     """Every layer; in training with the running statistics, whatever the mode of compiled code is."""
     model = network(tuple(LAYERS)).train(training)
     x = torch.randn(3, C, 6, 5)
     with nf.compile_mode("opaque"):
-        program = torch.export.export(model, (x,), strict=strict)
+        program = torch.export.export(model, (x,), strict=False)
     assert operators(program) - {"wrap_with_set_grad_enabled"} == {"aten"}  # torch's form of no_grad, gone in inference
     assert operators(program.run_decompositions()) == {"aten"}
     exported, eager = program.module(), copy.deepcopy(model)
