@@ -76,20 +76,21 @@ def operators(program: torch.export.ExportedProgram) -> set[str]:
     }
 
 
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_exported_programs_are_made_of_aten_operators(training: bool) -> None:
+def test_exported_programs_are_made_of_aten_operators(training: bool, strict: bool) -> None:
     """Every layer; in training with the running statistics, whatever the mode of compiled code is."""
     model = network(tuple(LAYERS)).train(training)
     x = torch.randn(3, C, 6, 5)
     with nf.compile_mode("opaque"):
-        program = torch.export.export(model, (x,), strict=False)
+        program = torch.export.export(model, (x,), strict=strict)
     assert operators(program) - {"wrap_with_set_grad_enabled"} == {"aten"}  # torch's form of no_grad, gone in inference
     assert operators(program.run_decompositions()) == {"aten"}
     exported, eager = program.module(), copy.deepcopy(model)
     torch.testing.assert_close(exported(x), eager(x))
-    buffers = dict(exported.named_buffers())
-    for name, wanted in eager.named_buffers():
-        torch.testing.assert_close(buffers[name], wanted, msg=lambda m, name=name: f"{name}: {m}")
+    buffers = dict(eager.named_buffers())
+    for name, got in exported.named_buffers():  # a program keeps those that it uses
+        torch.testing.assert_close(got, buffers[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_onnx_gives_the_same_in_onnxruntime() -> None:
