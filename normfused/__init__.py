@@ -6,6 +6,7 @@ from . import diagnostics, functional, integrations, parametrizations
 from .activations import ACTIVATIONS, TLU
 from .backends.cuda import set_spare_processors
 from .checks import ArgumentError, DeviceError, DTypeError, ShapeError
+from .compiling import compile_mode, get_compile_mode, set_compile_mode
 from .convert import (
     FusionReport,
     allow_lossy_conversion,
@@ -100,6 +101,7 @@ __all__ = [
     "available_backends",
     "backend",
     "clamp_gates_",
+    "compile_mode",
     "convert_sync_batchnorm",
     "data_dependent_init",
     "define_norm",
@@ -114,6 +116,7 @@ __all__ = [
     "gates",
     "get_autocast_policy",
     "get_backend",
+    "get_compile_mode",
     "integrations",
     "parametrizations",
     "rescale_init_",
@@ -125,6 +128,7 @@ __all__ = [
     "rescalenet_init_",
     "set_autocast_policy",
     "set_backend",
+    "set_compile_mode",
     "set_spare_processors",
     "unfuse_norms",
 ]

@@ -6,7 +6,6 @@ it never falls back silently. `explain` prints the same table.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections.abc import Iterator
@@ -14,6 +13,11 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+
+from .backends import cuda as _cuda
+from .backends import reference as _reference
+from .backends import torch as _torch
+from .backends import triton as _triton
 
 __all__ = ["BACKENDS", "available_backends", "backend", "choose", "get_backend", "load", "reasons", "set_backend"]
 
@@ -30,7 +34,8 @@ def _known(name: str, where: str) -> str:
 
 _environment = os.environ.get("NORMFUSED_BACKEND", "auto").strip().lower() or "auto"
 _selected = _environment  # checked at first use, so that import never fails
-_modules: dict[str, ModuleType] = {}
+# imported with the package, since Dynamo would not import one in compiled code; libraries and kernels wait for their first use
+_modules: dict[str, ModuleType] = {"cuda": _cuda, "triton": _triton, "torch": _torch, "reference": _reference}
 _reasons: dict[tuple[str, str, torch.dtype], str | None] = {}
 _chosen: dict[tuple[str, torch.dtype], str] = {}
 
@@ -66,10 +71,7 @@ def backend(name: str) -> Iterator[None]:
 
 def load(name: str) -> ModuleType:
     """The backend module called ``name``."""
-    module = _modules.get(name)
-    if module is None:
-        module = _modules[name] = importlib.import_module(f"{__package__}.backends.{name}")
-    return module
+    return _modules[name]
 
 
 def unavailable(name: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -95,9 +97,12 @@ def choose(device_type: str, dtype: torch.dtype, named: str | None = None) -> st
         ValueError: unknown name.
         RuntimeError: a named backend cannot run, with its reason.
     """
-    name = named or _selected
+    return _resolve(device_type, dtype, named or _selected, "backend" if named else "NORMFUSED_BACKEND")
+
+
+def _resolve(device_type: str, dtype: torch.dtype, name: str, where: str) -> str:
     if name != "auto":
-        _known(name, "backend" if named else "NORMFUSED_BACKEND")
+        _known(name, where)
         reason = unavailable(name, device_type, dtype)
         if reason is not None:
             raise RuntimeError(f"normfused: backend {name!r} was asked for and cannot run: {reason}")
@@ -106,6 +111,11 @@ def choose(device_type: str, dtype: torch.dtype, named: str | None = None) -> st
     if found is None:
         found = _chosen[device_type, dtype] = _choose_auto(device_type, dtype)
     return found
+
+
+# To Dynamo a constant, found when it traces a call: what it would follow is the loading of libraries, and it would compile anew
+# whenever another type is asked for. `torch.compiler.assume_constant_result` sets the same, but imports Dynamo, for a second or more.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose_auto(device_type: str, dtype: torch.dtype) -> str:

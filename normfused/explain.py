@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, ops
+from . import compiling, dispatch, ops
 from .activations import Composed, from_module
 from .problem import Problem
 
@@ -23,9 +23,16 @@ _PATHS = {
 }
 
 
+_COMPILED = {
+    "opaque": "holds normfused's operators, the same kernels",
+    "decompose": "holds ATen's operations, which the compiler fuses",
+}
+
+
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; ``str()`` of it is the report. ``saved_bytes`` counts what autograd keeps beside parameters and x itself."""
+    """What `explain` found; ``str()`` of it is the report. ``saved_bytes`` counts what autograd keeps beside parameters and x itself;
+    ``compiled`` is what `torch.compile` would make of it (`set_compile_mode`)."""
 
     name: str
     backend: str
@@ -40,6 +47,7 @@ class Explanation:
     input_bytes: int
     plan: tuple[str, ...] = ()
     near_zero: int | None = None
+    compiled: str = "decompose"
 
     def __str__(self) -> str:
         lines = [
@@ -54,6 +62,7 @@ class Explanation:
                 + ("; their gradients cannot be relied on" if self.near_zero else "")
             )
         lines += [f"  {line}" for line in self.plan]
+        lines.append(f"  compiled: {self.compiled} ({_COMPILED[self.compiled]})")
         if self.composed:
             lines.append(f"  {self.composed} is not one of the fused activations: composed after the norm, an extra pass over memory")
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
@@ -125,7 +134,15 @@ def explain(layer_or_function: nn.Module | Callable[..., Any], x: Tensor, *args:
         x.numel() * x.element_size(),
         _plan(backend, p),
         int(layer_or_function.near_zero) if getattr(layer_or_function, "memory_efficient", False) else None,  # type: ignore[union-attr, arg-type]
+        _compiled(backend, path, rule),
     )
+
+
+def _compiled(backend: str, path: str, rule: str) -> str:
+    mode = compiling.mode_of(backend)
+    if path in ("rebuilt", "synchronized"):  # what these keep or exchange is theirs to say in every mode
+        return compiling.OPAQUE
+    return compiling.DECOMPOSE if rule == "affine" else mode  # an affine map alone is pointwise: the compiler's own work
 
 
 def _plan(backend: str, p: Problem | None) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import dispatch
+from . import compiling, dispatch
 from .activations import Activation, grad_activate_from_y
 from .backends.torch import composite
 from .problem import (
@@ -451,7 +451,7 @@ class NormAct(torch.autograd.Function):
         p: Problem | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         call = (x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter)
-        if static[-1] == "torch" and _recomputes(x):
+        if _recomputes(x, static[-1]):
             return _forward_recomputed(*call, *static)
         if p is not None:
             return _run_forward(p, static[-1], *call)
@@ -484,7 +484,7 @@ class NormAct(torch.autograd.Function):
             dh = None
         if dy is None:  # only h, or nothing, was used
             return (dh, dh, None, None, None, None, *none)
-        if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or (static[-1] == "torch" and _recomputes(x)):
+        if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or _recomputes(x, static[-1]):
             return (*differentiable_backward(dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, static, needs), *none)
         dresidual = None
         own_residual = residual_mode == PRE_ACT and needs[1]
@@ -506,9 +506,9 @@ class NormAct(torch.autograd.Function):
         return (dx, dresidual, *parameters, *none)
 
 
-def _recomputes(x: Tensor) -> bool:
-    """The torch backend runs half types in float32 and recomputes the norm in the backward: it saves x alone and rounds once."""
-    return x.dtype in (torch.float16, torch.bfloat16)
+def _recomputes(x: Tensor, backend: str) -> bool:
+    """In eager mode the torch backend runs half types in float32 and recomputes the norm in the backward: it saves x, and rounds once."""
+    return backend == "torch" and x.dtype in (torch.float16, torch.bfloat16) and not torch.compiler.is_compiling()
 
 
 def _forward_recomputed(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -606,7 +606,7 @@ def snapshot(buffer: Tensor) -> Tensor:
 
     In compiled code by an operator: torch would save the buffer and make a copy that it knows again in the backward, after the update.
     """
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not compiling.exporting():
         copied: Tensor = _ops.snapshot(buffer.detach())
         return copied
     return buffer.detach().clone()
@@ -614,7 +614,7 @@ def snapshot(buffer: Tensor) -> Tensor:
 
 def see_through() -> bool:
     """Whether something must see through the norm: a functorch transform, forward-mode AD, export."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.compiler.is_exporting()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or compiling.exporting()
 
 
 def without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -714,11 +714,11 @@ def path(x: Tensor, backend: str, scope: str, rule: str, groups: int) -> str:
     """``"fused"`` or ``"composite"`` (module docstring); also what `explain` reports."""
     if see_through() or x.device.type == "meta":
         return "composite"
+    if torch.compiler.is_compiling():
+        return "composite" if compiling.decomposes(backend) else "fused"
     if backend != "torch":
         return "fused"
-    if torch.compiler.is_compiling():
-        return "composite"
-    if _recomputes(x):
+    if _recomputes(x, backend):
         return "fused"
     if scope != SAMPLE_GROUP:
         return "composite"
@@ -789,7 +789,7 @@ class SliceNormAct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         rule, x, residual, act_weight, act, p0, p1, residual_mode, backend, *parameters = inputs
         y, mean, var, scale, shift = output
-        source = step_z_source(_activation(act, p0, p1), x.dtype, residual_mode, backend)
+        source = step_z_source(Activation(act, p0, p1), x.dtype, residual_mode, backend)
         z_source = {None: None, "y": y, "residual": residual}[source]
         ctx.rule, ctx.static = rule, (act, p0, p1, residual_mode, backend)
         ctx.set_materialize_grads(False)
@@ -803,7 +803,7 @@ class SliceNormAct(torch.autograd.Function):
         if dy is None:
             return (None,) * (9 + len(parameters))
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable_slice_backward(ctx.rule, dy, x, z_source, act_weight, parameters, ctx.static, needs)
         *act, residual_mode, backend = static = ctx.static
         own_residual = residual_mode == PRE_ACT and needs[2] and act[0] != "identity"
@@ -859,21 +859,41 @@ def _coefficients_vjp(
     rule: SliceRule, mean: Tensor, var: Tensor, scale: Tensor, parameters: Any, sum_dz: Tensor, sum_dz_xc: Tensor
 ) -> tuple[Tensor | None, ...]:
     """Gradients of mean, var and the parameters from the sums of dz and of dz*(x - mean)."""
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in (mean, var, *parameters)]
-        found = _coefficients(rule, leaves[0], leaves[1], leaves[2:])
-        of_scale = sum_dz_xc if rule.centred else torch.addcmul(sum_dz_xc, mean, sum_dz)
-        pairs = [(c, g) for c, g in zip(found, (of_scale, sum_dz), strict=True) if c.requires_grad]  # a rule may return a constant
-        wanted = [t for t in leaves if t.requires_grad]
-        gradients: Any = [None] * len(wanted)
-        if pairs:
-            gradients = torch.autograd.grad([c for c, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+    inputs = (mean, var, *parameters)
+    of_scale = sum_dz_xc if rule.centred else torch.addcmul(sum_dz_xc, mean, sum_dz)
+    gradients = (_traced_vjp if torch.compiler.is_compiling() else _vjp)(rule, inputs, (of_scale, sum_dz))
     rest = iter(gradients)
-    dmean, dvar, *dparameters = (next(rest) if t.requires_grad else None for t in leaves)
+    dmean, dvar, *dparameters = (next(rest) if t.is_floating_point() else None for t in inputs)
     dmean, dvar = (torch.zeros_like(mean) if g is None else g for g in (dmean, dvar))
     if rule.centred:
         dmean = torch.addcmul(dmean, scale, sum_dz, value=-1)
     return dmean, dvar, *dparameters
+
+
+def _vjp(rule: SliceRule, inputs: Sequence[Tensor], upstream: tuple[Tensor, Tensor]) -> Sequence[Tensor | None]:
+    """Gradients of the inputs that have one."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+        found = _coefficients(rule, leaves[0], leaves[1], leaves[2:])
+        pairs = [(c, g) for c, g in zip(found, upstream, strict=True) if c.requires_grad]  # a rule may return a constant
+        wanted = [t for t in leaves if t.requires_grad]
+        if not pairs:
+            return [None] * len(wanted)
+        return torch.autograd.grad([c for c, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+
+
+def _traced_vjp(rule: SliceRule, inputs: Sequence[Tensor], upstream: tuple[Tensor, Tensor]) -> Sequence[Tensor | None]:
+    """`_vjp` in a form that Dynamo follows into a compiled backward."""
+    floating = [t for t in inputs if t.is_floating_point()]
+
+    def coefficients(*given: Tensor) -> tuple[Tensor, Tensor]:
+        rest = iter(given)
+        mean, var, *parameters = (next(rest) if t.is_floating_point() else t for t in inputs)
+        return _coefficients(rule, mean, var, parameters)
+
+    _, pull_back = torch.func.vjp(coefficients, *floating)
+    gradients: tuple[Tensor, ...] = pull_back(upstream)
+    return gradients
 
 
 def _composite_slices(
@@ -966,7 +986,7 @@ def _slice_norm_act(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     name = dispatch.choose(x.device.type, x.dtype, backend)
     # ATen's additions and sums are as few passes as a translation can have, and keep nothing of x
-    composed = rule.translation and name == "torch" and not _recomputes(x)
+    composed = rule.translation and name == "torch" and not _recomputes(x, name)
     if trace is not None:
         trace.append((name, "composite" if composed else "slices", SAMPLE_GROUP, "written in PyTorch", act, residual_mode, None))
     if x.numel() == 0:
@@ -974,7 +994,7 @@ def _slice_norm_act(
         for t in parameters:
             y = y + (t.sum() * 0).to(y.dtype)
         return y, None, None
-    traced = see_through() or torch.compiler.is_compiling() or x.device.type == "meta"
+    traced = see_through() or compiling.decomposes(name) or x.device.type == "meta"
     if composed and not traced:
         x = composite.format_gradient(dense(x), format_of(x), True, own=False)
     if composed or traced:

@@ -71,11 +71,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def _fresh_state() -> Iterator[None]:
     """The same random numbers for every test, and no backend or policy left selected by an earlier one."""
     torch.manual_seed(0)
-    before, policy = normfused.get_backend(), normfused.get_autocast_policy()
+    before, policy, mode = normfused.get_backend(), normfused.get_autocast_policy(), normfused.get_compile_mode()
     normfused.set_backend("auto")
     yield
     normfused.set_backend(before if before in ("auto", *normfused.dispatch.BACKENDS) else "auto")
     normfused.set_autocast_policy(policy)
+    normfused.set_compile_mode(mode)
 
 
 torch.set_num_threads(1)

@@ -8,6 +8,7 @@ backend's `apply`. What is d x d is computed in float64: Newton's iteration lose
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -287,7 +288,9 @@ def iter_norm_act(
     fused, act_weight, composed = resolve_act(op, act, act_param, x, channels)
     dispatch.choose(x.device.type, x.dtype, backend)  # raises before anything is written
     wide = x.to(accumulation_dtype(x.dtype))
-    with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():  # an exported program would hold the context
         if x.numel() == 0:
             z, mean, w = wide, None, None
         else:

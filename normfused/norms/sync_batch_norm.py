@@ -6,7 +6,6 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import checks, distributed, ops
@@ -72,8 +71,7 @@ def sync_batch_norm_act(
     check_batch_norm(op, x, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked)
     if x.shape[1] == 0:
         raise ValueError(f"{op}: input must have at least 1 channel (dim 1), got shape {tuple(x.shape)}")
-    # the Dynamo of torch 2.10 believes that it exports whenever it compiles
-    if ops.see_through() and not torch.compiler.is_dynamo_compiling():
+    if ops.see_through():
         raise RuntimeError(
             f"{op}: torch.func, forward-mode AD and torch.export cannot see through an exchange between processes, got training=True in a"
             f" group of {group.size} processes; use eval mode"

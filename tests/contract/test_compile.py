@@ -1,11 +1,19 @@
-"""torch.compile without graph breaks, torch.export, and the operators' own checks."""
+"""torch.compile without graph breaks, the switch between operators and ATen, and the operators' own checks."""
 
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from torch import fx, nn
+from torch._inductor import async_compile, compile_fx, metrics
 from torch.library import opcheck
 
 import normfused as nf
@@ -73,13 +81,122 @@ def test_dynamic_shapes(name):
         torch.testing.assert_close(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
-def test_export_is_made_of_aten_operators(make):
-    layer = make().eval()
-    x, r = torch.randn(3, 4, 3, 2), torch.randn(3, 4, 3, 2)
-    program = torch.export.export(layer, (x, r))
-    assert not [n for n in program.graph.nodes if "normfused" in str(n.target)]
-    torch.testing.assert_close(program.module()(x, r), layer(x, r))
+# ------------------------------------------------------------------------------------------------- the switch
+class Recorder:
+    """A compiler that runs what Dynamo gives it and keeps it."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, inputs):
+        self.graphs.append(graph)
+        return graph
+
+    def ours(self):
+        """Operators of this package in the last graph and in the graphs it holds."""
+        graphs = [m for m in self.graphs[-1].modules() if isinstance(m, fx.GraphModule)]
+        return {str(n.target) for g in graphs for n in g.graph.nodes if n.op == "call_function" and "normfused" in str(n.target)}
+
+
+def converted():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.SiLU())
+    nf.fuse_norms(model)
+    return model
+
+
+# name -> layer, whether it takes a residual
+SWITCHED = {
+    "batch": (lambda: nf.BatchNormAct2d(4, act="relu"), True),
+    "layer dim=1": (lambda: nf.LayerNormAct(4, dim=1, act="gelu"), False),
+    "rule in PyTorch": (lambda: nf.BatchInstanceNormAct2d(4, act="relu"), True),
+    "synchronized": (lambda: nf.SyncBatchNormAct(4, act="relu"), False),
+    "converted": (converted, False),
+}
+
+
+def differentiated(layer, *inputs):
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    layer.zero_grad()
+    y = layer(*leaves)
+    y.square().sum().backward()
+    return y.detach(), *(t.grad for t in leaves), *(p.grad for p in layer.parameters()), *layer.buffers()
+
+
+def same(got, wanted):
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("make", "takes_residual"), SWITCHED.values(), ids=SWITCHED)
+def test_the_mode_decides_what_a_graph_holds(make, takes_residual):
+    """One compiled layer: each change of the mode compiles anew, none changes a number."""
+    torch._dynamo.reset()
+    layer = make()
+    twin, seen = copy.deepcopy(layer), Recorder()
+    compiled = torch.compile(twin, fullgraph=True, backend=seen)
+    for compilations, mode in enumerate(("opaque", "decompose"), 1):
+        inputs = [torch.randn(3, 4, 3, 2) for _ in range(1 + takes_residual)]
+        with nf.compile_mode(mode):
+            for _ in range(2):
+                same(differentiated(compiled, *inputs), differentiated(layer, *inputs))
+        assert len(seen.graphs) == compilations
+        assert bool(seen.ours()) == (mode == "opaque")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_auto_goes_by_the_backend(dtype):
+    """Opaque where a backend of ours runs, on every version of torch: Dynamo's `is_exporting` is not believed."""
+    x = torch.randn(3, 4, 3, 2).to(dtype)
+    for name, mode in (("torch", "decompose"), ("cuda" if EMULATED else "reference", "opaque")):
+        torch._dynamo.reset()
+        layer, seen = nf.GroupNormAct(2, 4, act="silu", backend=name).to(dtype).eval(), Recorder()
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=seen)(x), layer(x))
+        assert bool(seen.ours()) == (mode == "opaque")
+        explanation = nf.explain(layer, x)
+        assert explanation.compiled == mode and f"compiled: {mode}" in str(explanation)
+    with nf.compile_mode("decompose"):
+        assert nf.explain(layer, x).compiled == "decompose"
+    assert nf.explain(nf.InputBias(4), x).compiled == "decompose"
+    assert nf.explain(nf.GroupNormAct(2, 4, memory_efficient=True), torch.randn(3, 4, 3, 2)).compiled == "opaque"
+
+
+def test_modes_are_known_and_put_back(monkeypatch):
+    assert nf.get_compile_mode() == "auto"
+    with pytest.raises(ValueError, match="set_compile_mode: mode must be one of auto, opaque, decompose, got 'fused'"):
+        nf.set_compile_mode("fused")
+    with pytest.raises(RuntimeError, match="inside"), nf.compile_mode("opaque"):
+        assert nf.get_compile_mode() == "opaque"
+        raise RuntimeError("inside")
+    assert nf.get_compile_mode() == "auto"
+    monkeypatch.setattr(nf.compiling, "_mode", "fused")  # as from the environment
+    with pytest.raises(ValueError, match="NORMFUSED_COMPILE_MODE: mode must be one of"):
+        nf.explain(nf.BatchNormAct2d(4), torch.randn(2, 4, 3, 3))
+
+
+FRESH = """
+import torch, normfused as nf
+assert nf.get_compile_mode() == "opaque"
+layer = nf.BatchNormAct2d(4, act="relu", backend={backend!r})
+y = torch.compile(layer, fullgraph=True, backend="eager")(torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(2, 4, 3, 3))
+y.sum().backward()
+assert layer.weight.grad is not None
+"""
+
+
+def test_first_use_of_the_library_is_in_compiled_code():
+    """Nothing is imported or loaded inside a compiled region; the environment selects the mode."""
+    code = FRESH.format(backend="cuda" if EMULATED else "reference")
+    environment, root = os.environ | {"NORMFUSED_COMPILE_MODE": "opaque"}, Path(nf.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_backend_that_cannot_run_says_so_in_compiled_code():
+    torch._dynamo.reset()
+    layer = nf.BatchNormAct2d(4, backend="triton")
+    x = torch.randn(2, 4, 3, 3)
+    with pytest.raises(Exception, match="backend 'triton' was asked for and cannot run"):
+        torch.compile(layer, fullgraph=True, backend=Recorder())(x)
 
 
 STATIC = {
@@ -135,3 +252,93 @@ def test_opcheck_steps(name, mode):
     for needs in ((True, mode is not None), (True, False)):
         last = (scale, torch.rand(3, 4), torch.rand(3, 4), *static, *needs)
         opcheck(torch.ops.normfused.grad_apply.default, (torch.randn_like(x), x, source, mean, scale, shift, slope, *last))
+
+
+# ------------------------------------------------------------------------------- what Inductor makes of a decomposed norm
+@dataclass
+class Work:
+    """What Inductor generated: kernels and the bytes they read and write, forward and backward, and bytes kept in between."""
+
+    kernels: list[int]
+    bytes: list[int]
+    saved: int
+    mutated_other_than_buffers: int = 0
+
+
+def work_of(network, *inputs):
+    """Of a training step. Kernels are generated, not compiled: calling them does nothing."""
+    work = Work([], [], 0)
+    known = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
+    kept = {}
+
+    def compiled(graph, example_inputs, **options):
+        metrics.reset()
+        done = compile_fx.compile_fx_inner(graph, example_inputs, **options)
+        work.kernels.append(metrics.generated_kernel_count)
+        work.bytes.append(metrics.num_bytes_accessed)
+        work.mutated_other_than_buffers += len(set(done.mutated_input_idxs) - set(options["static_input_idxs"]))
+        return done
+
+    def keep(t):
+        if t.untyped_storage().data_ptr() not in known:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    torch._dynamo.reset()
+    run = torch.compile(network, fullgraph=True, dynamic=False, backend=partial(compile_fx.compile_fx, inner_compile=compiled))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = run(*(t.clone().requires_grad_() for t in inputs))
+    work.saved = sum(kept.values())
+    y.sum().backward()
+    return work
+
+
+@pytest.fixture
+def generated_only(monkeypatch):
+    """Inductor without its C++ compiler and its cache, counting bytes."""
+    log = compile_fx.inductor_metrics_log
+    monkeypatch.setattr(async_compile.AsyncCompile, "cpp_pybinding", lambda *arguments, **options: lambda *tensors: None)
+    monkeypatch.setattr(log, "disabled", False)
+    monkeypatch.setattr(log, "isEnabledFor", lambda level: True)  # what counting the bytes goes by
+    monkeypatch.setattr(log, "info", lambda *message: None)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+
+
+class Residual(nn.Module):
+    """relu(bn(x) + r)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x, r):
+        return torch.relu(self.bn(x) + r)
+
+
+# name -> torch's network, ours
+PAIRS = {
+    "batch + relu": (lambda: nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()), lambda: nf.BatchNormAct2d(16, act="relu")),
+    "batch + add + relu": (lambda: Residual(16), lambda: nf.BatchNormAct2d(16, act="relu")),
+    "group + silu": (lambda: nn.Sequential(nn.GroupNorm(4, 16), nn.SiLU()), lambda: nf.GroupNormAct(4, 16, act="silu")),
+}
+
+
+@pytest.mark.skipif(EMULATED, reason="of the torch backend")
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS.values(), ids=PAIRS)
+def test_inductor_makes_no_more_of_ours_than_of_torch(theirs, ours, generated_only):
+    network = theirs()
+    inputs = torch.randn(2 if isinstance(network, Residual) else 1, 4, 16, 24, 24).unbind()
+    wanted, got = work_of(network, *inputs), work_of(ours(), *inputs)
+    assert len(got.kernels) == len(wanted.kernels) == 2
+    assert got.kernels <= wanted.kernels and got.saved <= wanted.saved
+    assert all(a <= b for a, b in zip(got.bytes, wanted.bytes, strict=True)), (got, wanted)
+    assert got.mutated_other_than_buffers == 0
+
+
+@pytest.mark.parametrize("mode", ["opaque", "decompose"])
+def test_nothing_keeps_a_compiled_step_out_of_a_cuda_graph(mode, generated_only):
+    """CUDA graph trees skip graphs that write into inputs other than parameters and buffers; the host is never asked (fullgraph)."""
+    layer = nf.BatchNormAct2d(16, momentum=None, act="relu", backend="cuda" if EMULATED else "reference")
+    with nf.compile_mode(mode):
+        assert work_of(layer, *torch.randn(2, 4, 16, 24, 24)).mutated_other_than_buffers == 0

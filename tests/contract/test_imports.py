@@ -16,12 +16,13 @@ ALLOWED = {
     "norms": {"activations", "checks", "dispatch", "distributed", "norms", "ops", "problem", "rebuild"},
     "rebuild": {"activations", "backends", "dispatch", "ops", "problem"},
     "distributed": {"activations", "backends", "dispatch", "ops", "problem", "rebuild"},
-    "ops": {"activations", "backends", "dispatch", "problem"},
+    "ops": {"activations", "backends", "compiling", "dispatch", "problem"},
     "dispatch": {"backends"},
-    "backends": {"_build", "activations", "backends", "problem"},
+    "backends": {"_build", "activations", "backends", "compiling", "problem"},
     "_build": set(),
     "problem": {"activations"},
     "checks": set(),
+    "compiling": set(),
     "activations": set(),
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import compiling
 from ...activations import Activation, activate
 from ...problem import (
     CHANNEL,
@@ -334,7 +335,7 @@ def format_gradient(t: Tensor, layout: str, eager: bool, own: bool = True) -> Te
     if eager:  # a hook costs a fraction of a Function
         t = t if own and not t.is_leaf else t.view_as(t)
         t.register_hook(_IN_FORMAT[layout])
-    elif torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not torch._C._are_functorch_transforms_active():
+    elif torch.compiler.is_compiling() and not compiling.exporting() and not torch._C._are_functorch_transforms_active():
         t = _FormatGradient.apply(t, layout)  # type: ignore[no-untyped-call]
     return t
 
