@@ -468,6 +468,7 @@ class NormAct(torch.autograd.Function):
             source = _z_source(_problem(x, *static[:-1]) if p is None else p, backend)
             z_source = {None: None, "y": y, "residual": residual, "mask": h}[source]
         ctx.static, ctx.p = static, p
+        ctx.recomputes = _recomputes(x, backend)  # compiled autograd may run an eager forward's backward
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h if residual_mode == PRE_NORM else x, z_source, weight, bias, act_weight, eps_weight, mean, rstd)
         ctx.mark_non_differentiable(*((mean, rstd) if residual_mode == PRE_NORM or h is None else (mean, rstd, h)))
@@ -484,7 +485,7 @@ class NormAct(torch.autograd.Function):
             dh = None
         if dy is None:  # only h, or nothing, was used
             return (dh, dh, None, None, None, None, *none)
-        if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or _recomputes(x, static[-1]):
+        if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or ctx.recomputes:
             return (*differentiable_backward(dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, static, needs), *none)
         dresidual = None
         own_residual = residual_mode == PRE_ACT and needs[1]
@@ -891,7 +892,7 @@ def _traced_vjp(rule: SliceRule, inputs: Sequence[Tensor], upstream: tuple[Tenso
         mean, var, *parameters = (next(rest) if t.is_floating_point() else t for t in inputs)
         return _coefficients(rule, mean, var, parameters)
 
-    _, pull_back = torch.func.vjp(coefficients, *floating)
+    _, pull_back = torch.func.vjp(coefficients, *floating)[:2]
     gradients: tuple[Tensor, ...] = pull_back(upstream)
     return gradients
 
