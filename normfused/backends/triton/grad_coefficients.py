@@ -58,7 +58,7 @@ def coefficients_vjp(saved, index, known, rstd, a, b, C, count, RULE: tl.constex
     elif RULE == "renorm":
         factor = tl.load(saved + C + index, mask=known, other=1.0)
         d = tl.load(saved + 2 * C + index, mask=known, other=0.0)
-        return renorm.coefficients_vjp(rstd, factor, d, a, b, count)
+        return renorm.coefficients_vjp(tl.where(known, rstd, 1.0), factor, d, a, b, count)
     else:
         return standard.coefficients_vjp(rstd, a, b, count)
 
