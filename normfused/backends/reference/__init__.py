@@ -86,6 +86,7 @@ def norm_act_backward(
     xc = ncs(p, x).to(p.accumulate) - centre
     a, b = standard.weighted_sums(p, dz, xc, sum_dz, sum_dz_xc, weight)
     deps_weight = None
+    dz_scale: Tensor | float
     if p.rule == RMS:
         dz_scale, q, r = rms.coefficients_vjp(p, rstd, b, weight, rms.effective_eps(p, eps_weight))
         if eps_weight is not None:
