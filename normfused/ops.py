@@ -30,6 +30,7 @@ from .problem import (
     POST_ACT,
     PRE_ACT,
     PRE_NORM,
+    RENORM,
     RMS,
     SAMPLE_GROUP,
     Problem,
@@ -42,13 +43,15 @@ from .problem import (
 
 __all__ = ["NormAct", "SliceNormAct", "norm_act", "see_through", "slice_norm_act", "snapshot", "without_autocast"]
 
+Bounds = tuple[Tensor, Tensor]  # r_max and d_max of Batch Renorm, a value each on x's device
+
 _ACT = "str act, float p0, float p1, str? residual_mode, str backend"
 _STATIC = f"str scope, str rule, int groups, bool batch_statistics, float eps, float? momentum, {_ACT}"
 _library = torch.library.Library("normfused", "DEF")
 _library.define(
     "norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? act_weight, Tensor? eps_weight,"
-    f" Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, {_STATIC})"
-    " -> (Tensor y, Tensor mean, Tensor rstd, Tensor h)"
+    f" Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, {_STATIC},"
+    " *, Tensor? r_max=None, Tensor? d_max=None) -> (Tensor y, Tensor mean, Tensor rstd, Tensor h)"
 )
 _library.define(
     "norm_act_backward(Tensor dy, Tensor? dh, Tensor x, Tensor? z_source, Tensor? weight, Tensor? bias, Tensor? act_weight,"
@@ -155,20 +158,28 @@ def _norm_act(
     running_var: Tensor | None,
     counter: Tensor | None,
     *static: Any,
+    r_max: Tensor | None = None,
+    d_max: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     p, backend = _problem_of(x, *static[:-1]), static[-1]
     tensors = (weight, bias, act_weight, eps_weight)
     x = _operand(x, p.layout, backend)
-    return _run_forward(p, backend, x, _other(residual, p, backend), *tensors, running_mean, running_var, counter)
+    buffers = (running_mean, running_var, counter)
+    return _run_forward(p, backend, x, _other(residual, p, backend), *tensors, *buffers, bounds=_bounds(r_max, d_max))
+
+
+def _bounds(r_max: Tensor | None, d_max: Tensor | None) -> Bounds | None:
+    return None if r_max is None or d_max is None else (r_max, d_max)
 
 
 def _run_forward(
     p: Problem, backend: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, act_weight: Tensor | None,
-    eps_weight: Tensor | None, *buffers: Tensor | None,
+    eps_weight: Tensor | None, *buffers: Tensor | None, bounds: Bounds | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """A backend's forward on tensors that it can read."""
+    more = {} if bounds is None else {"bounds": bounds}
     found: tuple[Tensor, Tensor, Tensor, Tensor | None] = dispatch.load(backend).norm_act(
-        p, x, residual, _flat(weight), _flat(bias), _flat(act_weight), _flat(eps_weight), *buffers
+        p, x, residual, _flat(weight), _flat(bias), _flat(act_weight), _flat(eps_weight), *buffers, **more
     )
     return found
 
@@ -244,8 +255,8 @@ def _flat(parameter: Tensor | None) -> Tensor | None:
 def _every_output(kernel: Callable[..., tuple[Tensor | None, ...]], x_at: int) -> Callable[..., tuple[Tensor, ...]]:
     """A kernel as an operator's, whose outputs are all tensors: what is absent is empty."""
 
-    def operator(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(arguments[x_at].new_empty(0) if t is None else t for t in kernel(*arguments))
+    def operator(*arguments: Any, **more: Any) -> tuple[Tensor, ...]:
+        return tuple(arguments[x_at].new_empty(0) if t is None else t for t in kernel(*arguments, **more))
 
     return operator
 
@@ -318,8 +329,9 @@ def _grad_apply(
 
 # ------------------------------------------------------------------------------------------------- fake kernels
 def _fake_norm_act(
-    x: Tensor, residual: Any, weight: Any, bias: Any, act_weight: Any, eps_weight: Any, rm: Any, rv: Any, nbt: Any, *static: Any
-) -> Any:
+    x: Tensor, residual: Any, weight: Any, bias: Any, act_weight: Any, eps_weight: Any, rm: Any, rv: Any, nbt: Any, *static: Any,
+    r_max: Any = None, d_max: Any = None,
+) -> Any:  # fmt: skip
     scope, rule, groups, residual_mode = static[0], static[1], static[2], static[-2]
     *numbers, backend = static
     shape, wide = _moments_shape(x, scope, groups), accumulation_dtype(x.dtype)
@@ -328,7 +340,7 @@ def _fake_norm_act(
     p = _problem(x, *numbers)
     if _z_source(p, backend) == "mask":
         h = x.new_empty(dispatch.load(backend).mask_bytes(p), dtype=torch.uint8)
-    return empty_like(x), mean, x.new_empty(shape, dtype=wide), h
+    return empty_like(x), mean, x.new_empty([3, *shape] if rule == RENORM else shape, dtype=wide), h
 
 
 def _fake_norm_act_backward(
@@ -447,6 +459,8 @@ class NormAct(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         counter: Tensor | None,
+        r_max: Tensor | None,
+        d_max: Tensor | None,
         static: tuple[Any, ...],
         p: Problem | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -454,13 +468,13 @@ class NormAct(torch.autograd.Function):
         if _recomputes(x, static[-1]):
             return _forward_recomputed(*call, *static)
         if p is not None:
-            return _run_forward(p, static[-1], *call)
-        out: tuple[Tensor, Tensor, Tensor, Tensor | None] = _ops.norm_act(*call, *static)
+            return _run_forward(p, static[-1], *call, bounds=_bounds(r_max, d_max))
+        out: tuple[Tensor, Tensor, Tensor, Tensor | None] = _ops.norm_act(*call, *static, r_max=r_max, d_max=d_max)
         return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, residual, weight, bias, act_weight, eps_weight, _, _, _, static, p = inputs
+        x, residual, weight, bias, act_weight, eps_weight, _, _, _, _, _, static, p = inputs
         y, mean, rstd, h = output
         residual_mode, backend = static[9:]
         z_source = None
@@ -480,7 +494,7 @@ class NormAct(torch.autograd.Function):
         static, p = ctx.static, ctx.p
         residual_mode = static[9]
         needs = ctx.needs_input_grad
-        none = (None,) * 5
+        none = (None,) * 7
         if residual_mode != PRE_NORM:  # Dynamo hands over zeros for the unused output
             dh = None
         if dy is None:  # only h, or nothing, was used
@@ -581,6 +595,8 @@ def differentiable_backward(
         assert xl is not None
         xw = xl.to(wide)  # its gradient is taken, so that dh joins it before the one rounding
         if batch_statistics:
+            if rule == RENORM:  # r and d are constants
+                wl, bl = composite.renormed(rstd, wl, bl)
             y, _ = composite.norm_act(
                 xw, rl, wl, bl, al, el, None, None, None, scope, rule, groups, True, eps, None, act, epilogue_mode
             )  # fmt: skip
@@ -656,10 +672,12 @@ def norm_act(
     residual_mode: str | None,
     backend: str | None,
     normalized_shape: Sequence[int] | None,
+    bounds: Bounds | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(y, h) of a checked call: the one door to every backend.
 
-    x is (N, C, *), or, with ``normalized_shape``, of any shape that ends in it (scope position).
+    x is (N, C, *), or, with ``normalized_shape``, of any shape that ends in it (scope position). ``bounds``: r_max and d_max of the
+    renorm rule, whose ``running_var`` is a deviation.
     With neither batch nor running statistics the norm is weight*x + bias per channel (eps is 0 then).
     """
     name = dispatch.choose(x.device.type, x.dtype, backend)
@@ -698,12 +716,18 @@ def norm_act(
     if trace is not None:
         trace[-1] = (*trace[-1][:-1], p)
     y, _, _, h = apply_function(
-        NormAct, x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, static, p
+        NormAct, x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, *(bounds or (None, None)), static, p
     )  # fmt: skip
     if normalized_shape is not None:
         y = y.view(full)
         h = h.view(full) if residual_mode == PRE_NORM else h
     return y, (h if residual_mode == PRE_NORM else None)
+
+
+def has_kernels(x: Tensor, backend: str | None, scope: str, rule: str) -> bool:
+    """Whether a call of one of the rules that ATen has no kernel for is `norm_act`'s, else (`slice_norm_act`) a rule in PyTorch."""
+    name = dispatch.choose(x.device.type, x.dtype, backend)
+    return name != "torch" and path(x, name, scope, rule, 1) == "fused"
 
 
 # Measured on 2 CPU cores: the sizes from which our own steps on ATen win over ATen's composition

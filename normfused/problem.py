@@ -24,7 +24,7 @@ from .activations import IDENTITY, Activation
 __all__ = ["Problem", "accumulation_dtype", "dense", "empty_like", "format_of", "layout_of"]
 
 CHANNEL, SAMPLE_GROUP, POSITION = "channel", "sample_group", "position"
-STANDARD, RMS = "standard", "rms"
+STANDARD, RMS, MEAN_ONLY, RENORM = "standard", "rms", "mean_only", "renorm"  # backends/reference/rules; the last two of scope channel
 NCHW, NHWC = "nchw", "nhwc"
 PRE_ACT, POST_ACT, PRE_NORM = "pre_act", "post_act", "pre_norm"
 
@@ -115,9 +115,14 @@ class Problem:
         return (self.N, self.S)
 
     @property
+    def rstd_shape(self) -> tuple[int, ...]:
+        """What a backward needs beside the mean: a number a set, of the renorm rule three (rules/renorm.py)."""
+        return (3, self.C) if self.rule == RENORM else self.moments_shape
+
+    @property
     def centred(self) -> bool:
         """Whether the rule subtracts the mean."""
-        return self.rule == STANDARD
+        return self.rule != RMS
 
     @property
     def accumulate(self) -> torch.dtype:

@@ -62,6 +62,13 @@ class Call {
         return {here(*tensor, name), type_of(*tensor, op_, name), count == problem.C};
     }
 
+    Parameter scalar(const Optional& tensor, const char* name) const {
+        require(!tensor || tensor->numel() == 1, op_, ": ", name, " must have 1 element, got ", tensor ? tensor->numel() : 0);
+        Parameter found = parameter(tensor, name);
+        found.per_channel = false;
+        return found;
+    }
+
     // A buffer that is given with no elements is a norm without running statistics
     Parameter buffer(const Optional& tensor, const char* name) const {
         return tensor && tensor->numel() > 0 ? parameter(tensor, name) : Parameter{};
@@ -94,6 +101,7 @@ class Call {
         return two(sizes[0], sizes[1]);
     }
     Tensor new_slices() const { return two(problem.N, problem.C); }
+    Tensor new_renorm() const { return two(problem.saved_per_set(), problem.C); }
 
     // A gradient of the parameter's shape and type, and where the kernels write it
     Tensor new_gradient(const Optional& parameter, bool needed, Parameter& gradient, const char* name) const {
@@ -168,17 +176,20 @@ using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Four norm_act(const Tensor& x, const Optional& residual, const Optional& weight, const Optional& bias, const Optional& act_weight,
               const Optional& eps_weight, const Optional& running_mean, const Optional& running_var, const Optional& num_batches_tracked,
-              int64_t code, int64_t groups, double eps, double momentum, double p0, double p1) {
+              int64_t code, int64_t groups, double eps, double momentum, double p0, double p1, const Optional& r_max, const Optional& d_max) {
     Call call("norm_act", x, code, groups);
     Problem& p = call.problem;
     p.eps = eps;
     p.momentum = momentum;
     p.p0 = p0;
     p.p1 = p1;
-    const bool has_mean = p.centred || !p.batch_statistics;
+    const bool has_mean = p.centred() || !p.batch_statistics;
     Tensor y = call.new_x();
     Tensor mean = has_mean ? call.new_moments() : call.flat(0, p.type == Type::float64 ? torch_dtype(p.type) : torch_dtype(Type::float32));
-    Tensor rstd = call.new_moments();
+    Tensor rstd = p.rule == Rule::renorm ? call.new_renorm() : call.new_moments();
+    require(p.scope == Scope::channel || p.rule <= Rule::rms, "norm_act: rules mean_only and renorm are of scope channel");
+    require(p.rule != Rule::renorm || (running_mean && running_var && r_max && d_max && p.batch_statistics),
+            "norm_act: rule renorm needs running statistics, r_max, d_max and the statistics of the batch");
     const bool pre_norm = p.residual_mode == ResidualMode::pre_norm;
     Tensor extra = pre_norm ? call.new_x() : p.masked() ? call.new_mask() : call.nothing();
     Arguments args;
@@ -196,6 +207,8 @@ Four norm_act(const Tensor& x, const Optional& residual, const Optional& weight,
     args.running_mean = call.buffer(running_mean, "running_mean");
     args.running_var = call.buffer(running_var, "running_var");
     args.counter = call.counter(num_batches_tracked);
+    args.r_max = call.scalar(r_max, "r_max");
+    args.d_max = call.scalar(d_max, "d_max");
     call.run(Step::norm_act, {}, args);
     return {std::move(y), std::move(mean), std::move(rstd), std::move(extra)};
 }
@@ -223,7 +236,7 @@ Six norm_act_backward(const Tensor& dy, const Optional& dh, const Tensor& x, con
     args.act_weight = call.parameter(act_weight, "act_weight");
     args.eps_weight = call.parameter(eps_weight, "eps_weight");
     args.mean = mean.numel() > 0 ? call.wide(mean, p.sets(), "mean") : nullptr;
-    args.rstd = call.wide(rstd, p.sets(), "rstd");
+    args.rstd = call.wide(rstd, p.sets() * p.saved_per_set(), "rstd");
     args.dx = needs.dx ? dx.data_ptr() : nullptr;
     args.dresidual = needs.dresidual ? dresidual.data_ptr() : nullptr;
     Tensor dweight = call.new_gradient(weight, needs.parameters, args.dweight, "dweight");
@@ -333,7 +346,8 @@ NF_LIBRARY(NF_NAMESPACE, library) {
     library.def(
         "norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? act_weight, Tensor? eps_weight,"
         " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, int code, int groups, float eps,"
-        " float momentum, float p0, float p1) -> (Tensor y, Tensor mean, Tensor rstd, Tensor extra)");
+        " float momentum, float p0, float p1, Tensor? r_max=None, Tensor? d_max=None)"
+        " -> (Tensor y, Tensor mean, Tensor rstd, Tensor extra)");
     library.def(
         "norm_act_backward(Tensor dy, Tensor? dh, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias,"
         " Tensor? act_weight, Tensor? eps_weight, Tensor mean, Tensor rstd, int code, int groups, float eps, float p0, float p1,"

@@ -97,18 +97,31 @@ template <class T, bool kWide, bool kRows> NF_DEVICE void finish_sets(const Call
                                                                       int64_t batches_before, Coefficients<T, kWide, kRows>& c) {
     using A = AccumulatorOf<T>;
     const bool stores = slab.chunk == 0;  // of all slabs that know the set
+    const bool with_running = needs_running(call);
     if constexpr (kWide) {
+        const Running<A> running = with_running && slab.live ? running_of<A>(call, slab.outer) : Running<A>();
         Moments<A> sum = over_wide_set(call, slab, gather ? gather_partials<T, Moments<A>>(call, slab) : m[0]);
         if (!gather) sum = over_owners(call, slab, sum);
+        if (with_running) sync_block();  // small sets meet by shuffles alone, which order no memory
         c.mean[0] = c.rstd[0] = A(0);
         if (slab.live) {
-            const Statistics<A> s = finish_set(call, slab.outer, sum, stores && slab.speaks(), batches_before);
+            const Statistics<A> s = finish_set(call, slab.outer, sum, running, stores && slab.speaks(), batches_before);
             c.mean[0] = s.mean;
             c.rstd[0] = s.rstd;
         }
     } else {
+        const SetNumbers<T> numbers(call, slab);  // hold the running statistics until the sets' own take their places
+        const auto before = [&] {
+            if (!with_running) return;
+            for (int set = int(thread_index()); set < slab.sets(call.walk); set += int(block_threads())) {
+                const Running<A> running = running_of<A>(call, slab.first_set(call.walk) + set);
+                numbers.leave(set, {running.mean, running.deviation});
+            }
+        };
         const auto on_set = [&](int set, const Moments<A>& sum, bool stores) {
-            const Statistics<A> s = finish_set(call, slab.first_set(call.walk) + set, sum, stores, batches_before);
+            const Pair<A> running = with_running ? numbers.get(set) : Pair<A>();
+            const Statistics<A> s =
+                finish_set(call, slab.first_set(call.walk) + set, sum, {running.first, running.second}, stores, batches_before);
             return Pair<A>{s.mean, s.rstd};
         };
         if (gather) {
@@ -116,7 +129,7 @@ template <class T, bool kWide, bool kRows> NF_DEVICE void finish_sets(const Call
                 call, slab, int(call.partials), partial_reader<T, Moments<A>>(call, slab), [](int, const Moments<A>&) {},
                 [&](int set, const Moments<A>& sum) { return on_set(set, sum, stores); }, c.mean, c.rstd);
         } else {
-            over_owned_sets<!kRows, T, Moments<A>>(call, slab, m, [](int, const Moments<A>&, bool) {}, on_set, c.mean, c.rstd);
+            over_owned_sets<!kRows, T, Moments<A>>(call, slab, m, before, [](int, const Moments<A>&, bool) {}, on_set, c.mean, c.rstd);
         }
     }
 }

@@ -30,6 +30,7 @@ struct Call {
     double per_element;   // 1/count
     int scratch_offset;   // of the shared memory: the reductions' part, behind the slab
     int columns_offset;   // narrow sets of several columns: sums per column and per set
+    bool wide;            // whether a set is a whole matrix of the walk
     Owner owner;          // who holds a set between the two passes over it
     int exchange_offset;  // of the blocks of a cluster: a value each
     int group_words;      // arrival words: from here on one for each group of co-resident blocks

@@ -62,9 +62,19 @@ template <class T, bool kWide, int kSums> NF_DEVICE void join_weight(const Call&
 template <class A, int kSums> NF_DEVICE Pair<A> finish_gradient(const Call& call, int64_t set, const Sums<A, kSums>& sums) {
     if (!call.problem.batch_statistics) return {A(0), A(0)};
     const A rstd = Global<A>(call.tensors.rstd).load_coherent(set), per_element = A(call.per_element);
-    const Vjp<A> vjp = call.problem.centred ? standard::vjp(rstd, sums.of[sum_dz], sums.of[sum_dz_xc], per_element)
-                       : call.count == 1    ? rms::vjp_of_one(rstd, eps_of<A>(call, set))
-                                            : rms::vjp(rstd, sums.of[sum_dz_xc], per_element);
+    const A dz = sums.of[sum_dz], dz_xc = sums.of[sum_dz_xc];
+    Vjp<A> vjp = {};
+    switch (call.problem.rule) {
+        case Rule::standard: vjp = standard::vjp(rstd, dz, dz_xc, per_element); break;
+        case Rule::rms: vjp = call.count == 1 ? rms::vjp_of_one(rstd, eps_of<A>(call, set)) : rms::vjp(rstd, dz_xc, per_element); break;
+        case Rule::mean_only: vjp = mean_only::vjp(dz, per_element); break;
+        case Rule::renorm: {
+            const Global<A> saved(call.tensors.rstd);
+            const renorm::Correction<A> c = {saved.load_coherent(renorm::saved_r * call.problem.C + set),
+                                             saved.load_coherent(renorm::saved_d * call.problem.C + set)};
+            vjp = renorm::vjp(rstd, c, dz, dz_xc, per_element);
+        }
+    }
     return {vjp.q, vjp.r};
 }
 
@@ -102,7 +112,7 @@ NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Su
                 [&](int column, Value& sums) { on_column(column, sums, stores); }, on_set, g.q, g.r);
         } else {
             over_owned_sets<!kRows, T, Value>(
-                call, slab, sets, on_column, [&](int set, const Value& sums, bool) { return on_set(set, sums); }, g.q, g.r);
+                call, slab, sets, [] {}, on_column, [&](int set, const Value& sums, bool) { return on_set(set, sums); }, g.q, g.r);
         }
     }
 }

@@ -11,6 +11,8 @@
 #include "activation.cuh"
 #include "call.h"
 #include "reduce.cuh"
+#include "rules/mean_only.cuh"
+#include "rules/renorm.cuh"
 #include "rules/rms.cuh"
 #include "rules/standard.cuh"
 #include "slab.cuh"
@@ -145,7 +147,7 @@ template <class T, bool kWide, int K> NF_DEVICE void collect(const Call& call, c
                 slab.store(t.h, spots[k], batch[k]);
             }
         }
-        own.add(batch, spots, call.problem.centred);
+        own.add(batch, spots, call.problem.centred());
         if (landing.stays(b)) {
             const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
             NF_UNROLL
@@ -254,6 +256,7 @@ template <class T> struct SetNumbers {
         numbers.set(set, pair.first);
         numbers.set(columns + set, pair.second);
     }
+    NF_DEVICE Pair<A> get(int set) const { return {numbers.get(set), numbers.get(columns + set)}; }
     // They are left again only behind the barriers of the next slab
     NF_DEVICE void take(const Call& call, const Slab<T, false>& slab, A (&first)[V], A (&second)[V]) const {
         sync_block();
@@ -300,24 +303,50 @@ template <class A> NF_DEVICE void update_running(const Parameter& running, int64
     store_parameter(running, channel, A(old * (1.0 - factor) + double(value) * factor));
 }
 
-template <class A> NF_DEVICE void update_running_statistics(const Call& call, int64_t channel, A mean, A var, int64_t batches_before) {
+// ``mean`` and ``spread``: what joins the running statistics
+template <class A>
+NF_DEVICE void update_running_statistics(const Call& call, int64_t channel, A mean, A spread, int64_t batches_before) {
     const double factor = call.problem.cumulative ? (call.tensors.counter ? 1.0 / double(batches_before + 1) : 1.0) : call.problem.momentum;
     if (call.tensors.running_mean.data) update_running(call.tensors.running_mean, channel, mean, factor);
-    if (call.tensors.running_var.data)  // one element has no unbiased variance: NaN, as 0/0 says
-        update_running(call.tensors.running_var, channel, A(var * A(call.count) / A(call.count - 1)), factor);
+    if (call.tensors.running_var.data) update_running(call.tensors.running_var, channel, spread, factor);
+}
+
+// One element has no unbiased variance: NaN, as 0/0 says
+template <class A> NF_DEVICE A unbiased(const Call& call, A var) { return A(var * A(call.count) / A(call.count - 1)); }
+
+// The running statistics that a set's coefficients depend on. All that finish the set must have read them before one of them, behind a
+// barrier, moves them on.
+NF_DEVICE bool needs_running(const Call& call) { return call.problem.rule == Rule::renorm; }
+template <class A> NF_DEVICE Running<A> running_of(const Call& call, int64_t set) {
+    return {load_parameter(call.tensors.running_mean, set, A(0)), load_parameter(call.tensors.running_var, set, A(1))};
 }
 
 // Moments of a set -> its statistics; ``writer`` (one thread of all that know the set) stores them.
-template <class A>
-NF_DEVICE Statistics<A> finish_set(const Call& call, int64_t set, const Moments<A>& m, bool writer, int64_t batches_before) {
+template <class A> NF_DEVICE Statistics<A> finish_set(const Call& call, int64_t set, const Moments<A>& m, const Running<A>& running,
+                                                      bool writer, int64_t batches_before) {
     const Arguments& t = call.tensors;
-    const A var = m.m2 * A(call.per_element);
-    const Statistics<A> s = {m.mean(), standard::reciprocal_deviation(var, eps_of<A>(call, set))};
+    const Rule rule = call.problem.rule;
+    const A mean = m.mean(), var = m.m2 * A(call.per_element), eps = eps_of<A>(call, set);
+    Statistics<A> s = {mean, rule == Rule::mean_only ? A(1) : standard::reciprocal_deviation(var, eps)};
+    A running_value = mean, running_spread = A(0);
+    if (rule == Rule::renorm) {
+        running_spread = sqrt_(var + eps);
+        const renorm::Correction<A> c =
+            renorm::correction(mean, running_spread, running, load_parameter(t.r_max, 0, A(1)), load_parameter(t.d_max, 0, A(0)));
+        s.rstd *= c.r;
+        s.mean -= renorm::shift(s.rstd, c);
+        if (writer) {
+            Global<A>(t.rstd).store(renorm::saved_r * call.problem.C + set, c.r);
+            Global<A>(t.rstd).store(renorm::saved_d * call.problem.C + set, c.d);
+        }
+    }
     if (writer) {
         if (t.mean) Global<A>(t.mean).store(set, s.mean);
         if (t.rstd) Global<A>(t.rstd).store(set, s.rstd);
         if (call.variances) Global<A>(call.variances).store(set, var);
-        if (call.problem.scope == Scope::channel) update_running_statistics(call, set, s.mean, var, batches_before);
+        if (rule == Rule::mean_only) running_value *= load_parameter(t.weight, set, A(1));
+        if (rule != Rule::renorm) running_spread = unbiased(call, var);
+        if (call.problem.scope == Scope::channel) update_running_statistics(call, set, running_value, running_spread, batches_before);
     }
     return s;
 }

@@ -73,15 +73,17 @@ template <class T, class Value> struct ColumnValues {
     }
 };
 
-// ``v``: what the threads of a narrow slab hold -> two numbers of its sets for the lanes of every thread. on_column(column, value, stores)
+// ``v``: what the threads of a narrow slab hold -> two numbers of its sets for the lanes of every thread. before() runs in every block before
+// the owners meet, and may leave two numbers a set for on_set in SetNumbers. on_column(column, value, stores)
 // may change a column's value before it joins its set's; on_set(set of the slab, value, stores) gives the numbers; ``stores`` in one block.
-template <bool kShared, class T, class Value, class OnColumn, class OnSet>
-NF_DEVICE void over_owned_sets(const Call& call, const Slab<T, false>& slab, Value (&v)[vector_size<T>], const OnColumn& on_column,
-                               const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>], AccumulatorOf<T> (&second)[vector_size<T>]) {
+template <bool kShared, class T, class Value, class Before, class OnColumn, class OnSet>
+NF_DEVICE void over_owned_sets(const Call& call, const Slab<T, false>& slab, Value (&v)[vector_size<T>], const Before& before,
+                               const OnColumn& on_column, const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>], AccumulatorOf<T> (&second)[vector_size<T>]) {
     using A = AccumulatorOf<T>;
     if (kShared && call.owner == Owner::group) {
         const ColumnValues<T, Value> values(call, slab);
         over_teams(call, slab, v, [&](int column, const Value& value) { values.set(column, slab.chunk, value); });
+        before();
         meet_group(call, slab.chunk);
         // q and r of the sets, or mean and rstd
         const Global<A> firsts = Global<A>(call.pairs[0]).advance(slab.first_set(call.walk));
@@ -104,6 +106,7 @@ NF_DEVICE void over_owned_sets(const Call& call, const Slab<T, false>& slab, Val
     }
     const Table<A, Value> own(call.exchange_offset, 1, slab.team * vector_size<T>);
     over_teams(call, slab, v, [&](int column, const Value& value) { own.set(0, column, value); });
+    before();
     const bool cluster = kShared && call.owner == Owner::cluster, stores = slab.chunk == 0;
     if (cluster) sync_cluster();
     else sync_block();
@@ -159,7 +162,7 @@ template <class T, bool kWide, int K> NF_DEVICE void collect_ahead(const Call& c
         Vector<T> now[K];
         NF_UNROLL
         for (int k = 0; k < K; ++k) now[k] = stash.template load<V>(landing.slot(b, k) * V);
-        own.add(now, spots, call.problem.centred);
+        own.add(now, spots, call.problem.centred());
     };
     // the one that stays in registers, which may wait for it: after the others were asked for
     auto end = slab.after(landing.last * K);
@@ -178,7 +181,7 @@ template <class T, bool kWide, int K> NF_DEVICE void collect_ahead(const Call& c
         if (b + landing.ahead >= early) ask(call, slab, landing, asked, b + landing.ahead);
     }
     slab.next(cursor, cursors, spots);
-    own.add(batch, spots, call.problem.centred);
+    own.add(batch, spots, call.problem.centred());
     own.give(moments);
 }
 

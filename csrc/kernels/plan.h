@@ -25,7 +25,7 @@ struct Plan {
     Owner owner = Owner::block;
     int groups = 0;            // of co-resident blocks, each with a set at a time
     int scratch_offset = 0, columns_offset = 0, exchange_offset = 0, sums_offset = -1, shared_bytes = 0;
-    bool settles = false;      // narrow sets wider than a slice, or of many chunks: a launch of its own merges their partials
+    bool settles = false;      // narrow sets wider than a slice, or of many chunks, and renorm: a launch merges the partials
     bool columns_pass = false; // position sets' parameter gradients need a pass of their own
     Walk columns_walk = {};
     int columns_threads = 0;
@@ -522,6 +522,8 @@ inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& 
             if (route == Route::two_pass && step != Step::moments && step != Step::grad_moments && 8 * partial_bytes > row_bytes)
                 plan.settles = plan.settles || w.chunks > 1;
         }
+        // blocks that each finish their sets could not agree on who reads the running statistics and who moves them on
+        if (step == Step::norm_act && route == Route::two_pass && p.rule == Rule::renorm) plan.settles = true;
         finish_walk(w, view.wide, V);
         w.resident = 0;
         plan.blocks = w.units;

@@ -9,6 +9,7 @@ namespace normfused {
 
 enum class Type : int { float32, float16, bfloat16, float64 };
 enum class Scope : int { channel, sample_group, position };  // one set per c | per (n, g) | per (n, s)
+enum class Rule : int { standard, rms, mean_only, renorm };          // rules/; the last two of scope channel
 enum class Layout : int { nchw, nhwc };                      // (n*C + c)*S + s | (n*S + s)*C + c
 enum class ResidualMode : int { none, pre_act, post_act, pre_norm };
 enum class Step : int { norm_act, norm_act_backward, moments, apply, grad_moments, grad_apply };
@@ -45,7 +46,7 @@ struct Problem {
     Scope scope = Scope::channel;
     Layout layout = Layout::nchw;
     Type type = Type::float32;
-    bool centred = true;           // rule standard; false: rms (mean := 0, var := mean square)
+    Rule rule = Rule::standard;
     bool batch_statistics = true;  // false: the moments are given (running statistics)
     int64_t N = 1, C = 1, S = 1;
     int64_t groups = 1;  // of scope sample_group; the four steps for rules written in PyTorch have groups == C
@@ -56,9 +57,11 @@ struct Problem {
     double p0 = 0, p1 = 0;  // negative_slope | alpha | beta, threshold
     ResidualMode residual_mode = ResidualMode::none;
 
+    constexpr bool centred() const { return rule != Rule::rms; }  // else mean := 0, var := mean square
     constexpr int64_t elements() const { return N * C * S; }
     constexpr int64_t sets() const { return scope == Scope::channel ? C : scope == Scope::sample_group ? N * groups : N * S; }
     constexpr int64_t count() const { return elements() / sets(); }
+    constexpr int saved_per_set() const { return rule == Rule::renorm ? 3 : 1; }  // numbers in ``rstd``
     // Whether the forward leaves a bit mask for the backward (else, with a residual before an activation, z is recomputed from it)
     constexpr bool masked() const { return residual_mode == ResidualMode::pre_act && has_two_slopes(act); }
 };

@@ -6,17 +6,20 @@
 
 namespace normfused {
 
-// Partials of narrow sets of many chunks, or whose columns are spread over several slabs: those of set (outer, s) by one block
+// Partials of narrow sets of many chunks, or whose columns are spread over several slabs, and of sets whose rule reads the running
+// statistics: those of set (outer, s) by one block
 template <class A, class Value> NF_DEVICE Value gather_set(const Call& call, int64_t outer, int64_t s, bool weighted) {
     const Walk& w = call.walk;
     const Global<A> partial(call.partial);
+    const int64_t width = call.wide ? 1 : w.width;
     Value sum;
-    for (int64_t i = thread_index(); i < call.partials * w.width; i += block_threads()) {
-        const int64_t chunk = quotient(i, w.width), column = s * w.width + i - chunk * w.width;
+    for (int64_t i = thread_index(); i < call.partials * width; i += block_threads()) {
+        const int64_t chunk = quotient(i, width), column = s * width + i - chunk * width;
         Value other;
         NF_UNROLL
         for (int q = 0; q < Value::size; ++q) {
-            const A v = partial.load_coherent(((q * call.partials + chunk) * w.outers + outer) * w.cols + column);
+            const A v = partial.load_coherent(call.wide ? partial_at<true>(call, outer, 0, chunk, q)
+                                                        : partial_at<false>(call, outer, int(column), chunk, q));
             other.set(q, weighted ? v * load_parameter(call.tensors.weight, column, A(1)) : v);
         }
         sum.merge(other);
@@ -28,7 +31,8 @@ template <class A, class Value> NF_DEVICE Value gather_set(const Call& call, int
 template <class A> NF_KERNEL(256) settle_sets_kernel(NF_GRID_CONSTANT Call call) {
     const int64_t set = block_index(), outer = quotient(set, call.walk.sets_per_outer);
     const Moments<A> m = gather_set<A, Moments<A>>(call, outer, set - outer * call.walk.sets_per_outer, false);
-    finish_set(call, set, m, thread_index() == 0, counted_batches(call) - 1);  // moments_kernel has counted this batch
+    if (thread_index() != 0) return;
+    finish_set(call, set, m, running_of<A>(call, set), true, counted_batches(call) - 1);  // moments_kernel has counted this batch
 }
 
 // A block per set: q and r
@@ -89,7 +93,7 @@ template <class A> NF_KERNEL(256) average_running_kernel(NF_GRID_CONSTANT Call c
             mean += means.load_coherent(n * p.C + channel);
             var += vars.load_coherent(n * p.C + channel);
         }
-        update_running_statistics(call, channel, mean / A(p.N), var / A(p.N), batches_before);
+        update_running_statistics(call, channel, mean / A(p.N), unbiased(call, var / A(p.N)), batches_before);
     }
 }
 

@@ -108,13 +108,15 @@ void declare_all(const Problem& p, Step step, const Arguments& a, size_t scratch
     declare("h", a.h, bytes, true);
     declare("mask", a.mask, mask_bytes(p), !backward);
     declare("mean", a.mean, p.sets() * wide, !backward);
-    declare("rstd", a.rstd, p.sets() * wide, !backward);
+    declare("rstd", a.rstd, p.sets() * p.saved_per_set() * wide, !backward);
     declare_parameter("weight", a.weight, p.C, false);
     declare_parameter("bias", a.bias, p.C, false);
     declare_parameter("act_weight", a.act_weight, p.C, false);
     declare_parameter("eps_weight", a.eps_weight, p.C, false);
     declare_parameter("running_mean", a.running_mean, p.C, p.batch_statistics);
     declare_parameter("running_var", a.running_var, p.C, p.batch_statistics);
+    declare_parameter("r_max", a.r_max, p.C, false);
+    declare_parameter("d_max", a.d_max, p.C, false);
     declare("num_batches_tracked", a.counter, 8, true);
     for (const auto& t :
          {std::pair<const char*, const void*>{"scale", a.scale}, {"shift", a.shift}, {"dz_scale", a.dz_scale}, {"q", a.q}, {"r", a.r}})
@@ -154,6 +156,7 @@ class Run {
         call.scratch_offset = plan.scratch_offset;
         call.columns_offset = plan.columns_offset;
         call.sums_offset = plan.sums_offset;
+        call.wide = plan.wide;
         call.owner = plan.owner;
         call.exchange_offset = plan.exchange_offset;
         call.group_words = group_words;
@@ -242,7 +245,7 @@ int Run::forward() {
 
 int Run::backward() {
     const Arguments& t = call.tensors;
-    call.scales_by_q = !problem.centred && problem.batch_statistics && problem.count() == 1;
+    call.scales_by_q = !problem.centred() && problem.batch_statistics && problem.count() == 1;
     if (plan.route == Route::apply_only) return (*this)(Kernel::grad_apply, "grad_apply");
     void* const act_of_channels = take(space.shared_act);
     const bool channel = problem.scope == Scope::channel;

@@ -32,9 +32,10 @@ struct Arguments {
     void* h = nullptr;        // pre_norm: x + residual
     uint8_t* mask = nullptr;  // mask_bytes(problem) bytes; written by the forward, read by the backward
     void* mean = nullptr;     // accumulator, per set. Not written by the rms rule
-    void* rstd = nullptr;     // accumulator, per set; of Step::moments: the biased variance
+    void* rstd = nullptr;     // accumulator, per set; of Step::moments: the biased variance; of the renorm rule [scale, r, d][set]
     Parameter weight, bias, act_weight, eps_weight;
-    Parameter running_mean, running_var;  // updated with batch statistics, else read
+    Parameter running_mean, running_var;  // updated with batch statistics, else read; of the renorm rule running_var is the deviation
+    Parameter r_max, d_max;               // of the renorm rule, a value each
     int64_t* counter = nullptr;           // num_batches_tracked
     const void* scale = nullptr;          // Step::apply and on: z = scale*x + shift, accumulator, per (n, c)
     const void* shift = nullptr;

@@ -5,13 +5,14 @@ A backend is a module with
 ``unavailable(device_type, dtype) -> str | None``
     None if it can run there, else a sentence saying why not.
 
-``norm_act(p, x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, num_batches_tracked)
+``norm_act(p, x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, num_batches_tracked, bounds=None)
 -> (y, mean, rstd, h)``
-    A whole norm (moments -> coefficients -> apply) for the rule ``p.rule``. ``mean`` and ``rstd`` have
-    ``p.moments_shape`` and ``p.accumulate`` (the rms rule returns an empty mean), never alias a buffer, and are all the
+    A whole norm (moments -> coefficients -> apply) for the rule ``p.rule``. ``mean`` and ``rstd`` have ``p.moments_shape``,
+    ``p.rstd_shape`` and ``p.accumulate`` (the rms rule returns an empty mean), never alias a buffer, and are all the
     backward needs beside x. ``h = x + residual`` is returned with ``residual_mode == "pre_norm"``, else None. With
     ``p.batch_statistics`` the running statistics given (None if untracked) and the counter are updated in place; without,
-    they are read and not written.
+    they are read and not written. Of the renorm rule ``running_var`` is the running deviation, ``bounds`` are r_max and d_max, tensors of
+    one value each, the running statistics are read before they are updated, and ``rstd`` is (scale, r, d), (3, C).
 
 ``norm_act_backward(p, dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, needs)
 -> (dx, dresidual, dweight, dbias, dact_weight, deps_weight)``

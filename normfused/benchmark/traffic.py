@@ -23,7 +23,20 @@ import torch
 
 from ..activations import Activation, parse
 from ..backends.cuda import _load, mask_bytes
-from ..problem import CHANNEL, NCHW, NHWC, POSITION, PRE_ACT, PRE_NORM, RMS, SAMPLE_GROUP, STANDARD, Problem
+from ..problem import (
+    CHANNEL,
+    MEAN_ONLY,
+    NCHW,
+    NHWC,
+    POSITION,
+    PRE_ACT,
+    PRE_NORM,
+    RENORM,
+    RMS,
+    SAMPLE_GROUP,
+    STANDARD,
+    Problem,
+)
 from . import cases, providers
 from .cases import CHANNELS_LAST, Case
 
@@ -143,11 +156,15 @@ def problem(case: Case, mode: str = "training") -> Problem:
     """The call that normfused makes of a case; norms of a rule in PyTorch are seen as instance norm's sets, a set per (n, c)."""
     along_rows = case.norm in ("layer", "rms") and case.dim == -1
     n, c = (prod(case.shape[:-1]), case.shape[-1]) if along_rows else case.shape[:2]
-    scope = {"batch": CHANNEL, "layer": POSITION, "rms": POSITION}.get(case.norm, SAMPLE_GROUP)
+    channel = dict.fromkeys(("batch", "batch_renorm", "mean_only"), CHANNEL)
+    scope = {**channel, "layer": POSITION, "rms": POSITION}.get(case.norm, SAMPLE_GROUP)
+    rules = {"rms": RMS, "frn": RMS}
+    if mode == "training":  # what they evaluate is batch norm
+        rules |= {"batch_renorm": RENORM, "mean_only": MEAN_ONLY}
     groups = (case.groups if case.norm == "group" else c) if scope == SAMPLE_GROUP else 1
     return Problem(
         scope,
-        RMS if case.norm in ("rms", "frn") else STANDARD,
+        rules.get(case.norm, STANDARD),
         n,
         c,
         case.numel // (n * c),
@@ -190,7 +207,7 @@ def routes(case: Case, mode: str = "training", limits: dict[str, int] | None = N
     """
     if case.norm == "whitening":  # its passes are mostly matrix products of ATen
         return None
-    if case.norm not in ("batch", "group", "instance", "frn", "layer", "rms"):
+    if case.norm not in ("batch", "batch_renorm", "mean_only", "group", "instance", "frn", "layer", "rms"):
         return {"forward": Planned("slices", 2), "backward": Planned("slices", 2)}
     library = _load.library()
     if library is not None and library.module is not None:

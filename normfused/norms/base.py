@@ -93,6 +93,7 @@ def call(
     momentum: float | None = 0.0,
     normalized_shape: tuple[int, ...] | None = None,
     memory_efficient: bool = False,
+    bounds: ops.Bounds | None = None,
     run: Callable[..., tuple[Tensor, Tensor | None]] = ops.norm_act,
 ) -> Any:
     """Run a checked norm on x (N, C, *), or, with ``normalized_shape``, over trailing dimensions; (y, h) in pre_norm mode, else y.
@@ -113,9 +114,10 @@ def call(
     if memory_efficient:
         rebuild.check(op, fused, x.dtype, mode)
         run = rebuild.norm_act
+    more = {} if bounds is None else {"bounds": bounds}
     y, h = run(
         x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
-        scope, rule, groups, batch_statistics, eps, momentum, fused, mode, backend, normalized_shape,
+        scope, rule, groups, batch_statistics, eps, momentum, fused, mode, backend, normalized_shape, **more,
     )  # fmt: skip
     if composed is not None:
         y = composed(y)

@@ -1,4 +1,4 @@
-"""Batch Renormalization: batch statistics in training, corrected towards the running ones (a rule on the moments of every (n, c))."""
+"""Batch Renormalization: batch statistics in training, corrected towards the running ones (rule renorm; where ATen runs, in PyTorch)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks, ops
 from ..activations import ActivationLike
-from ..problem import CHANNEL, PRE_ACT, STANDARD
+from ..problem import CHANNEL, PRE_ACT, RENORM, STANDARD, accumulation_dtype
 from .base import call
 from .custom import run_rule
 from .tracked import TrackedNormAct, batch_norm_options, copy_parameters, frozen_copy, need_counter, per_channel, pooled, track
@@ -41,6 +41,14 @@ def batch_renorm_rule(
     if weight is not None:
         scale, offset = scale * weight, offset * weight
     return scale, scale * (mean - batch_mean) + (offset if bias is None else offset + bias)
+
+
+def _on_device(bound: Bound, x: Tensor) -> Tensor:
+    """A bound as the kernels read it: on x's device, where nobody waits for it."""
+    wide = accumulation_dtype(x.dtype)
+    if isinstance(bound, Tensor):
+        return bound.detach().to(x.device, wide)
+    return torch.full((), bound, dtype=wide, device=x.device)
 
 
 def batch_renorm_act(
@@ -106,15 +114,23 @@ def batch_renorm_act(
             raise ValueError(f"{op}: {name} must be at least {least}, got {bound}")
         if isinstance(bound, Tensor) and bound.numel() != 1:
             raise checks.ShapeError(f"{op}: {name} must be a number or a scalar tensor, got shape {tuple(bound.shape)}")
-    mean, std = frozen_copy(running_mean, x), frozen_copy(running_std, x)
+    y: Tensor
     if not training:
-        y: Tensor = call(
+        mean, std = frozen_copy(running_mean, x), frozen_copy(running_std, x)
+        y = call(
             op, x, weight, bias, CHANNEL, STANDARD, 1, 0.0, act, act_param, residual, residual_mode, backend,
             running_mean=mean, running_var=std.square(), batch_statistics=False,
         )  # fmt: skip
         return y
     checks.more_than_one_value(op, x)
     need_counter(op, momentum, num_batches_tracked)
+    if ops.has_kernels(x, backend, CHANNEL, RENORM):
+        y = call(
+            op, x, weight, bias, CHANNEL, RENORM, 1, eps, act, act_param, residual, residual_mode, backend, running_mean=running_mean,
+            running_var=running_std, counter=num_batches_tracked, momentum=momentum, bounds=(_on_device(r_max, x), _on_device(d_max, x)),
+        )  # fmt: skip
+        return y
+    mean, std = frozen_copy(running_mean, x), frozen_copy(running_std, x)
     rule = partial(batch_renorm_rule, r_max=r_max, d_max=d_max, eps=eps)
     parameters = {"weight": weight, "bias": bias, "running_mean": mean, "running_std": std}
     y, slice_mean, slice_var = run_rule(op, x, rule, parameters, act, act_param, residual, residual_mode, backend, centred=True)

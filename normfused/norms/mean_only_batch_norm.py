@@ -1,4 +1,4 @@
-"""Mean-only batch normalization, the companion of weight normalization (a rule on the means of every (n, c))."""
+"""Mean-only batch normalization, the companion of weight normalization (rule mean_only; where ATen runs, in PyTorch)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .. import checks
+from .. import checks, ops
 from ..activations import ActivationLike
-from ..problem import CHANNEL, PRE_ACT, STANDARD
+from ..problem import CHANNEL, MEAN_ONLY, PRE_ACT, STANDARD
 from .base import call
 from .custom import run_rule
 from .tracked import TrackedNormAct, frozen_copy, need_counter, per_channel, track
@@ -71,11 +71,12 @@ def mean_only_batch_norm_act(
     checks.floating(op, x)
     checks.min_dim(op, x, 2)
     per_channel(op, x, bias=bias, scale=scale, running_mean=running_mean)
+    y: Tensor
     if not training:
         if running_mean is None:
             raise checks.ArgumentError(f"{op}: running_mean must be given when training=False, got None")
         shift = -frozen_copy(running_mean, x)
-        y: Tensor = call(
+        y = call(
             op, x, scale, shift if bias is None else bias.to(shift.dtype) + shift, CHANNEL, STANDARD, 1, 0.0, act, act_param,
             residual, residual_mode, backend, batch_statistics=False,
         )  # fmt: skip
@@ -83,6 +84,12 @@ def mean_only_batch_norm_act(
     checks.more_than_one_value(op, x)
     if running_mean is not None:
         need_counter(op, momentum, num_batches_tracked)
+    if ops.has_kernels(x, backend, CHANNEL, MEAN_ONLY):
+        y = call(
+            op, x, scale, bias, CHANNEL, MEAN_ONLY, 1, 0.0, act, act_param, residual, residual_mode, backend,
+            running_mean=running_mean, counter=num_batches_tracked, momentum=momentum,
+        )  # fmt: skip
+        return y
     rule, parameters = mean_only_rule, {"scale": scale, "bias": bias}
     y, mean, _ = run_rule(
         op, x, rule, parameters, act, act_param, residual, residual_mode, backend, centred=True, translation=scale is None

@@ -227,6 +227,7 @@ def test_without_emulation_one_sentence(capsys: pytest.CaptureFixture[str], monk
         Case("group", (8, 320, 64, 64), "silu", groups=32),
         Case("rms", (2048, 4096), residual="pre_norm"),
         Case("batch_instance", (32, 256, 56, 56)),
+        Case("batch_renorm", (256, 64, 56, 56), layout=CHANNELS_LAST),
     ],
     ids=lambda c: c.name,
 )

@@ -118,9 +118,11 @@ def test_activations_are_numbered_as_in_the_kernels():
 
 def test_pack_code():
     p = Problem("position", "rms", 2, 3, 4, 1, "nhwc", torch.float32, torch.device("cpu"), act=Activation("tlu"), momentum=None)
-    assert _load.pack_code(p) == 2 | 1 << 2 | 0 << 3 | 1 << 4 | 1 << 5 | 0 << 6 | 15 << 8
+    assert _load.pack_code(p) == 2 | 1 << 2 | 1 << 3 | 1 << 4 | 0 << 6 | 15 << 8 | 1 << 14
     p = Problem(
         "sample_group", "standard", 2, 4, 4, 2, "nchw", torch.float32, torch.device("cpu"), batch_statistics=False, residual_mode="pre_norm"
     )
-    assert _load.pack_code(p) == 1 | 1 << 3 | 3 << 6
+    assert _load.pack_code(p) == 1 | 3 << 6
+    p = Problem("channel", "renorm", 2, 4, 4, 1, "nchw", torch.float32, torch.device("cpu"))
+    assert _load.pack_code(p) == 1 << 3 | 3 << 14
     assert _load.pack_needs(True, False, True) == 5

@@ -138,6 +138,13 @@ FAULTS: dict[str, tuple[str, str, str, list[str]]] = {
         "const bool stores = true;",
         ["test_races.py::test_no_races_of_any_type[cluster-dtype0-4]"],
     ),
+    "running statistics are read when another block may have moved them": (
+        "apply.cuh",
+        "const Pair<A> running = with_running ? numbers.get(set) : Pair<A>();",
+        "const Running<A> late = running_of<A>(call, slab.first_set(call.walk) + set);\n"
+        "const Pair<A> running = {late.mean, late.deviation};",
+        ["test_races.py::test_no_races_of_any_type[renorm columns, cluster-dtype0-4]"],
+    ),
     "neighbours are summed": (
         "slab.cuh",
         "if (j < s.first || j >= s.last) v.data[j] = narrow<T>(0);",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from normfused.problem import CHANNEL, NHWC, POSITION, PRE_NORM, RMS, SAMPLE_GROUP
+from normfused.problem import CHANNEL, MEAN_ONLY, NHWC, POSITION, PRE_NORM, RENORM, RMS, SAMPLE_GROUP
 
 from ..support import cases
 from .cases import CRAMPED, FEW, ROOMY, SMALL, TINY, Case, Machine
@@ -20,6 +20,8 @@ from .test_norm_act import IDS, ROWS
 from .test_steps import check_steps
 
 ORDERS = [("reverse", 0), ("starve", 1), ("starve", 2)]
+
+_RENORM: dict[str, Any] = {"scope": CHANNEL, "rule": RENORM, "tracked": True}
 
 # What meets all views, routes, reductions and hand-overs between launches; each as small as it can be
 REPRESENTATIVE: dict[str, dict[str, Any]] = {
@@ -187,6 +189,26 @@ REPRESENTATIVE: dict[str, dict[str, Any]] = {
         "shared_act_weight": True,
     },
     "shared weight": {"scope": CHANNEL, "shape": (3, 6, 9, 5), "act": "prelu", "shared_act_weight": True},
+    # coefficients that depend on running statistics, which all blocks of an owner read before one of them moves them on
+    "renorm, several sets to a block": {**_RENORM, "shape": (3, 6, 3, 2), "route": "single_pass", "act": "relu", "residual": "pre_act"},
+    "renorm, a block": {**_RENORM, "shape": (3, 3, 9, 31), "route": "single_pass", "momentum": None},
+    "renorm, cluster": {**_RENORM, "shape": (8, 3, 9, 64), "route": "cluster", "act": "relu"},
+    "renorm, groups of blocks": {**_RENORM, "shape": (8, 3, 9, 64), "route": "group", "act": "silu"},
+    "renorm, two": {**_RENORM, "shape": (3, 3, 33, 31), "route": "two_pass", "act": "silu", "momentum": None},
+    "renorm columns, a block": {**_RENORM, "shape": (3, 12, 8, 7), "layout": NHWC, "route": "single_pass", "act": "relu"},
+    "renorm columns, cluster": {**_RENORM, "shape": (5, 72, 9, 7), "layout": NHWC, "route": "cluster", "act": "relu"},
+    "renorm columns, groups of blocks": {**_RENORM, "shape": (9, 40, 9, 5), "layout": NHWC, "route": "group", "act": "silu"},
+    "renorm columns, two": {**_RENORM, "shape": (3, 12, 24, 21), "layout": NHWC, "route": "two_pass", "act": "prelu"},
+    "mean only": {"scope": CHANNEL, "rule": MEAN_ONLY, "shape": (3, 6, 9, 5), "tracked": True, "act": "relu", "residual": "pre_act"},
+    "mean only columns, groups of blocks": {
+        "scope": CHANNEL,
+        "rule": MEAN_ONLY,
+        "shape": (9, 40, 9, 5),
+        "layout": NHWC,
+        "route": "group",
+        "act": "silu",
+        "tracked": True,
+    },
 }
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -18,7 +18,7 @@ import torch
 
 from normfused.backends import cuda as backend
 from normfused.backends.cuda import _load
-from normfused.problem import CHANNEL, NHWC, POSITION, PRE_NORM, RMS, SAMPLE_GROUP, Problem
+from normfused.problem import CHANNEL, MEAN_ONLY, NHWC, POSITION, PRE_NORM, RENORM, RMS, SAMPLE_GROUP, Problem
 
 from ..support import cases
 from .cases import LIMITS, SMALL, Case, Machine, forced
@@ -251,6 +251,23 @@ def test_promises(sets: str, rung: str, layout: str, dtype: torch.dtype, route: 
         assert sets.startswith("position") or forward.plan["route"] == backward.plan["route"] == route
         check_forward(forward)
         check_backward(backward)
+
+
+@pytest.mark.parametrize("route", ["single_pass", "cluster", "group", "two_pass"])
+@pytest.mark.parametrize("layout", ["nchw", NHWC])
+@pytest.mark.parametrize("rule", [MEAN_ONLY, RENORM])
+def test_rules_of_batch_norms_sets(rule: str, layout: str, route: str, machine: Machine) -> None:
+    """As batch norm: x is asked for once in a single pass; each running statistic is read before it moves, and written once."""
+    for mode in MODES[:2]:
+        case = Case(CHANNEL, rule, LADDER["long"], layout=layout, dtype=torch.bfloat16, route=route, tracked=True, **mode)
+        forward, backward = measure(case, machine)
+        for m in (forward, backward):
+            assert m.plan["route"] == ("two_pass" if route == "two_pass" else "single_pass")
+        check_forward(forward)
+        check_backward(backward)
+        for name in ("running_mean", "running_var") if rule == RENORM else ("running_mean",):
+            assert forward.of(name)["write_bytes"] == 4 * case.p.C, name
+            assert not backward.of(name), "running statistics are no part of a backward"
 
 
 @pytest.mark.parametrize("route", ["cluster", "group"])

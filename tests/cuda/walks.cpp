@@ -16,7 +16,7 @@ namespace {
 simt::Thread thread;
 
 struct Question {
-    int64_t scope, layout, type, N, C, S, groups, centred, batch_statistics, cumulative, residual_mode, act, step, needs, route, pool;
+    int64_t scope, layout, type, N, C, S, groups, rule, batch_statistics, cumulative, residual_mode, act, step, needs, route, pool;
     int64_t processors, shared_bytes_per_block, shared_bytes_per_processor, threads_per_processor, largest_cluster, spare_processors;
     int64_t columns;  // the walk of the pass for parameters of position sets instead
 };
@@ -27,7 +27,7 @@ Problem problem_of(const Question& q) {
     p.layout = Layout(q.layout);
     p.type = Type(q.type);
     p.N = q.N, p.C = q.C, p.S = q.S, p.groups = q.groups;
-    p.centred = q.centred, p.batch_statistics = q.batch_statistics, p.cumulative = q.cumulative;
+    p.rule = Rule(q.rule), p.batch_statistics = q.batch_statistics, p.cumulative = q.cumulative;
     p.residual_mode = ResidualMode(q.residual_mode);
     p.act = Act(q.act);
     return p;

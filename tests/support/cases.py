@@ -18,7 +18,7 @@ from normfused.backends import reference
 from normfused.backends.reference.grad_moments import activation_gradient
 from normfused.backends.reference.rules import standard
 from normfused.backends.reference.views import ncs, over_channels, over_set
-from normfused.problem import CHANNEL, NHWC, POSITION, PRE_NORM, RMS, SAMPLE_GROUP, STANDARD, Problem, dense
+from normfused.problem import CHANNEL, NHWC, POSITION, PRE_NORM, RENORM, RMS, SAMPLE_GROUP, STANDARD, Problem, dense
 
 # methods.md 11, relative to the largest value of the reference
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -81,6 +81,13 @@ class Case:
         if self.tracked:
             self.running = (normal((C,), kept), normal((C,), kept).abs() + 0.5, torch.tensor(4, device=self.device))
 
+    @property
+    def bounds(self) -> tuple[Any, ...]:
+        """r_max and d_max, as an argument of the forward; none of the other rules. Of some channels they clamp, of others not."""
+        if self.rule != RENORM:
+            return ()
+        return (tuple(torch.tensor(v, dtype=self.p.accumulate, device=self.device) for v in (1.4, 0.6)),)
+
     # ------------------------------------------------------------------------------------------------------- the runs
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(y, mean, rstd, h), by the backend that a subclass tests."""
@@ -110,7 +117,7 @@ class Case:
             assert h.stride() == self.x.stride()
         wide = [_double(t) for t in (self.w, self.b, self.aw, self.ew)]
         buffers = [_double(t) for t in running]
-        expected = reference.norm_act(p, x, r, *wide, *buffers)
+        expected = reference.norm_act(p, x, r, *wide, *buffers, *self.bounds)
         source = {None: None, "y": y.double() if self.p.z_source == "y" else expected[0], "residual": r}[p.z_source]
         statistics = expected[1], expected[2]
         dy = self.dy.double()
@@ -118,12 +125,13 @@ class Case:
         found = _Errors(self.dtype)
         found.add("y", y, expected[0])
         # a mean near zero is as accurate as the numbers it is of
-        found.add("mean", mean, expected[1], parameter=True, scale=_larger(expected[1], 1 / expected[2]))
+        per_set = expected[2][0] if self.rule == RENORM else expected[2]
+        found.add("mean", mean, expected[1], parameter=True, scale=_larger(expected[1], 1 / per_set))
         found.add("rstd", rstd, expected[2], parameter=True)
         names = ("running_mean", "running_var", "num_batches_tracked")
         for name, got, want in zip(names, self.running, buffers, strict=True):
             found.add(name, got, want, parameter=True)
-        found.add("dx", gradients[0], expected_gradients[0], scale=self._dx_scale(p, dy, x, source, wide, statistics))
+        found.add("dx", gradients[0], expected_gradients[0], scale=self._dx_scale(p, dy, x, source, wide, (expected[1], per_set)))
         if self.residual in ("pre_act", "post_act"):
             found.add("dresidual", gradients[1], expected_gradients[1])
         for name, got, want in zip(("dweight", "dbias", "dact", "deps"), gradients[2:], expected_gradients[2:], strict=True):

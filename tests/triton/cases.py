@@ -24,7 +24,7 @@ class Case(cases.Case):
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         with forced(self.route, self.limits):
-            y, mean, rstd, extra = backend.norm_act(self.p, self.x, self.r, self.w, self.b, self.aw, self.ew, *self.running)
+            y, mean, rstd, extra = backend.norm_act(self.p, self.x, self.r, self.w, self.b, self.aw, self.ew, *self.running, *self.bounds)
         self.mask = extra if self.residual != PRE_NORM else None
         assert (0 if self.mask is None else self.mask.numel()) == backend.mask_bytes(self.p)
         return y, mean, rstd, extra if self.residual == PRE_NORM else None

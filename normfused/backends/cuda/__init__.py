@@ -93,11 +93,12 @@ def norm_act(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    bounds: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     act = p.act
     y, mean, rstd, extra = _operators().norm_act(
         x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, num_batches_tracked,
-        _code(p), p.groups, p.eps, p.momentum or 0.0, act.p0, act.p1,
+        _code(p), p.groups, p.eps, p.momentum or 0.0, act.p0, act.p1, *(bounds or ()),
     )  # fmt: skip
     return y, mean, rstd, extra if p.residual_mode in (PRE_NORM, PRE_ACT) else None
 

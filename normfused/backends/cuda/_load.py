@@ -22,7 +22,20 @@ import torch
 
 from ... import _build
 from ...activations import ACTIVATIONS
-from ...problem import CHANNEL, NHWC, POSITION, POST_ACT, PRE_ACT, PRE_NORM, SAMPLE_GROUP, STANDARD, Problem
+from ...problem import (
+    CHANNEL,
+    MEAN_ONLY,
+    NHWC,
+    POSITION,
+    POST_ACT,
+    PRE_ACT,
+    PRE_NORM,
+    RENORM,
+    RMS,
+    SAMPLE_GROUP,
+    STANDARD,
+    Problem,
+)
 
 __all__ = ["NEED_DRESIDUAL", "NEED_DX", "NEED_PARAMETERS", "Library", "library", "pack_code", "pack_needs", "reason", "record"]
 
@@ -30,17 +43,16 @@ __all__ = ["NEED_DRESIDUAL", "NEED_DX", "NEED_PARAMETERS", "Library", "library",
 _SCOPES = {CHANNEL: 0, SAMPLE_GROUP: 1, POSITION: 2}
 _RESIDUAL_MODES = {None: 0, PRE_ACT: 1 << 6, POST_ACT: 2 << 6, PRE_NORM: 3 << 6}
 _ACTS = {name: place << 8 for place, name in enumerate(ACTIVATIONS)}
-_LAYOUT, _CENTRED, _BATCH_STATISTICS, _CUMULATIVE = 1 << 2, 1 << 3, 1 << 4, 1 << 5
+_RULES = {STANDARD: 0, RMS: 1 << 14, MEAN_ONLY: 2 << 14, RENORM: 3 << 14}
+_LAYOUT, _BATCH_STATISTICS, _CUMULATIVE = 1 << 2, 1 << 3, 1 << 4
 NEED_DX, NEED_DRESIDUAL, NEED_PARAMETERS = 1, 2, 4
 
 
 def pack_code(p: Problem) -> int:
     """The static part of a call that the operators take as ``code``."""
-    code = _SCOPES[p.scope] | _RESIDUAL_MODES[p.residual_mode] | _ACTS[p.act.name]
+    code = _SCOPES[p.scope] | _RESIDUAL_MODES[p.residual_mode] | _ACTS[p.act.name] | _RULES[p.rule]
     if p.layout == NHWC:
         code |= _LAYOUT
-    if p.rule == STANDARD:
-        code |= _CENTRED
     if p.batch_statistics:
         code |= _BATCH_STATISTICS
     if p.momentum is None:

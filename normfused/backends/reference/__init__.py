@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...problem import POST_ACT, PRE_ACT, PRE_NORM, RMS, Problem
+from ...problem import MEAN_ONLY, POST_ACT, PRE_ACT, PRE_NORM, RENORM, RMS, Problem
 from . import apply as _apply
 from . import grad_apply as _grad_apply
 from . import grad_moments as _grad_moments
 from . import moments as _moments
-from .rules import rms, standard
+from .rules import mean_only, renorm, rms, standard
 from .views import like, ncs, over_set
 
 Needs = tuple[bool, bool, bool]
@@ -36,22 +36,33 @@ def norm_act(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    bounds: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     h = None
     if p.residual_mode == PRE_NORM:
         assert residual is not None
         x = h = like(p, ncs(p, x) + ncs(p, residual), x)
+    tracked = (running_mean, running_var, num_batches_tracked)
     if p.batch_statistics:
         mean, var = _moments.moments(p, x)
-        _moments.update_running_statistics(p, mean, var, running_mean, running_var, num_batches_tracked)
     else:
         assert running_mean is not None and running_var is not None
         mean, var = running_mean.to(p.accumulate, copy=True), running_var.to(p.accumulate)
-    rstd = standard.rstd(p, var, rms.effective_eps(p, eps_weight))
+    saved = rstd = torch.ones_like(var) if p.rule == MEAN_ONLY else standard.rstd(p, var, rms.effective_eps(p, eps_weight))
+    if p.rule == RENORM:
+        assert running_mean is not None and running_var is not None and bounds is not None
+        deviation = (var + p.eps).sqrt()
+        r, d = renorm.correction(mean, deviation, running_mean.to(p.accumulate), running_var.to(p.accumulate), *bounds)
+        _moments.update_running_statistics(p, mean, deviation, *tracked)
+        mean, rstd = renorm.coefficients(mean, rstd, r, d)
+        saved = torch.stack([rstd, r, d])
+    elif p.batch_statistics:
+        value = mean_only.tracked_mean(p, mean, weight) if p.rule == MEAN_ONLY else mean
+        _moments.update_running_statistics(p, value, _moments.unbiased(p, var), *tracked)
     centre, scale, shift = standard.coefficients(p, mean, rstd, weight, bias)
     y = _apply.apply(p, x, residual, centre, scale, shift, act_weight)
     # moments of a transposed x come transposed
-    return y, (mean.contiguous() if p.centred else mean.new_empty(0)), rstd.contiguous(), h
+    return y, (mean.contiguous() if p.centred else mean.new_empty(0)), saved.contiguous(), h
 
 
 def norm_act_backward(
@@ -68,16 +79,22 @@ def norm_act_backward(
     rstd: Tensor,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
+    saved, rstd = rstd, rstd[0] if p.rule == RENORM else rstd
     centre, scale, shift = standard.coefficients(p, mean, rstd, weight, bias)
     dz, dact_weight = _grad_moments.activation_gradient(p, dy, x, z_source, centre, scale, shift, act_weight)
     sum_dz, sum_dz_xc = _grad_moments.grad_moments(p, dz, x, centre)
     xc = ncs(p, x).to(p.accumulate) - centre
     a, b = standard.weighted_sums(p, dz, xc, sum_dz, sum_dz_xc, weight)
     deps_weight = None
+    dz_scale: Tensor | float
     if p.rule == RMS:
         dz_scale, q, r = rms.coefficients_vjp(p, rstd, b, weight, rms.effective_eps(p, eps_weight))
         if eps_weight is not None:
             deps_weight = rms.eps_gradient(rstd, b, eps_weight)
+    elif p.rule == RENORM:
+        dz_scale, q, r = renorm.coefficients_vjp(p, saved, a, b, weight)
+    elif p.rule == MEAN_ONLY:
+        dz_scale, q, r = mean_only.coefficients_vjp(p, a, weight)
     else:
         dz_scale, q, r = standard.coefficients_vjp(p, rstd, a, b, weight)
     dx = _grad_apply.grad_apply(p, dz, x, centre, dz_scale, q, r, dh)

@@ -39,10 +39,14 @@ def update_running(running: Tensor | None, value: Tensor, factor: float | Tensor
         running.copy_(new)
 
 
+def unbiased(p: Problem, var: Tensor) -> Tensor:
+    return var * (p.count / (p.count - 1)) if p.count > 1 else var * torch.nan
+
+
 def update_running_statistics(
-    p: Problem, mean: Tensor, var: Tensor, running_mean: Tensor | None, running_var: Tensor | None, counter: Tensor | None
+    p: Problem, mean: Tensor, spread: Tensor, running_mean: Tensor | None, running_var: Tensor | None, counter: Tensor | None
 ) -> None:
-    """Running mean and unbiased running variance, per channel; the counter goes first, as momentum None reads it."""
+    """Running mean and (unbiased) variance or what else tells the spread; the counter goes first, as momentum None reads it."""
     if counter is not None:
         counter.add_(1)
     if running_mean is None and running_var is None:
@@ -52,8 +56,7 @@ def update_running_statistics(
         factor = 1.0 if counter is None else counter.to(p.accumulate).reciprocal()
     else:
         factor = p.momentum
-    unbiased = var * (p.count / (p.count - 1)) if p.count > 1 else var * torch.nan
     if p.scope == SAMPLE_GROUP:  # instance norm: the average over the samples
-        mean, unbiased = mean.mean(0), unbiased.mean(0)
+        mean, spread = mean.mean(0), spread.mean(0)
     update_running(running_mean, mean, factor)
-    update_running(running_var, unbiased, factor)
+    update_running(running_var, spread, factor)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...problem import POST_ACT, PRE_ACT, RMS, SAMPLE_GROUP, Problem
 from .. import reference
-from ..reference.moments import update_running_statistics
+from ..reference.moments import unbiased, update_running_statistics
 from ..reference.rules import rms
 from . import steps
 
@@ -60,9 +60,11 @@ def norm_act(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    bounds: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     if p.scope != SAMPLE_GROUP or p.dtype != p.accumulate:  # those go through the composite (ops.path); kept for direct operator calls
-        return reference.norm_act(p, x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, num_batches_tracked)
+        buffers = (running_mean, running_var, num_batches_tracked)
+        return reference.norm_act(p, x, residual, weight, bias, act_weight, eps_weight, *buffers, bounds)
     if p.rule == RMS:
         mean, rstd = x.new_empty(0), (steps.mean_square(p, x) + rms.effective_eps(p, eps_weight)).rsqrt()
     else:
@@ -72,7 +74,7 @@ def norm_act(
             mean = slice_mean.view(p.N, p.groups, -1).mean(2)
             spread = (slice_mean - _per_channel(p, mean)).square_()
             var = (var + spread).view(p.N, p.groups, -1).mean(2)
-        update_running_statistics(p, mean, var, running_mean, running_var, num_batches_tracked)
+        update_running_statistics(p, mean, unbiased(p, var), running_mean, running_var, num_batches_tracked)
         rstd = (var + p.eps).rsqrt()
     scale, shift, _ = _coefficients(p, mean, rstd, weight, bias)
     return steps.apply(p, x, residual, scale, shift, act_weight), mean, rstd, None

@@ -17,6 +17,7 @@ from ... import compiling
 from ...activations import Activation, activate
 from ...problem import (
     CHANNEL,
+    MEAN_ONLY,
     NCHW,
     NHWC,
     POSITION,
@@ -101,6 +102,19 @@ def frozen(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, 
     scale = rstd if weight is None else rstd * weight
     shift = -mean * scale if bias is None else bias - mean * scale
     return affine(x, scale, shift)
+
+
+def renormed(saved: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias with which the standard rule gives Batch Renorm of the (scale, r, d) that a backend saved, constants here."""
+    _, r, d = saved
+    if weight is None:
+        return r, d if bias is None else d + bias
+    return weight * r, weight * d if bias is None else torch.addcmul(bias.to(d.dtype), weight.to(d.dtype), d)
+
+
+def mean_only(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """weight*(x - mean) + bias."""
+    return affine(x - x.mean([d for d in range(x.dim()) if d != 1], keepdim=True), weight, bias)
 
 
 def grouped(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -209,6 +223,8 @@ def normalize(
             running_mean, running_var = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
         mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)
         return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
+    if rule == MEAN_ONLY:
+        return mean_only(x, weight, bias)
     if scope == CHANNEL:
         return batch_norm(x, weight, bias, running_mean, running_var, counter, momentum, eps)
     if scope == SAMPLE_GROUP:

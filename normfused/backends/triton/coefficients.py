@@ -10,15 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rules import rms, standard
+from .rules import renorm, rms, standard
 from .tiles import covered, put
 
 
 @triton.jit
 def finalize_kernel(
-    part_mean, part_m2, mean, var, rstd, eps_weight, running_mean, running_var, counter, momentum: tl.float64,
+    part_mean, part_m2, mean, var, rstd, weight, eps_weight, running_mean, running_var, counter, r_max, d_max, momentum: tl.float64,
     outer, C, D, S, s_tiles, tiles, chunks, sets, count,
-    CENTRED: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, ACC: tl.constexpr,
+    RULE: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, ACC: tl.constexpr,
     BS: tl.constexpr, TILES: tl.constexpr, BSET: tl.constexpr, BP: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
     groups = C // D
@@ -28,7 +28,7 @@ def finalize_kernel(
     c0 = (index % groups * D)[:, None]
     total = tl.zeros([BSET, BP], ACC)
     first = tl.zeros([BSET], ACC)
-    if CENTRED:
+    if RULE != "rms":
         first = tl.load(part_mean + (index // groups).to(tl.int64) * C + index % groups * D, mask=known, other=0.0)
         for i in range(LOOPS):
             p = (i * BP + tl.arange(0, BP))[None, :]
@@ -45,25 +45,44 @@ def finalize_kernel(
         live = known[:, None] & (k < chunks)
         at = (k * outer + o) * C + c0 + p % D
         m2 += tl.load(part_m2 + at, mask=live, other=0.0)
-        if CENTRED:
+        if RULE != "rms":
             m = tl.load(part_mean + at, mask=live, other=0.0) - centre[:, None]
             share = (covered(tl.minimum((k + 1) * TILES, tiles), S, s_tiles, BS) - covered(k * TILES, S, s_tiles, BS)).to(ACC)
             m2 += tl.where(live, m * m * share, 0.0)
     v = tl.sum(m2, 1) / count
     v = tl.where(v < 0, 0.0, v)  # the correction of a constant chunk may round below zero
     finish(
-        index, known, centre, v, mean, var, rstd, eps_weight, running_mean, running_var, counter, momentum, C, count,
-        CENTRED, EPS, EPS_PER_CHANNEL, AVERAGE, ACC,
+        index, known, centre, v, mean, var, rstd, weight, eps_weight, running_mean, running_var, counter, r_max, d_max, momentum, C, count,
+        RULE, EPS, EPS_PER_CHANNEL, AVERAGE, ACC,
     )  # fmt: skip
 
 
 @triton.jit
 def finish(
-    index, known, centre, v, mean, var, rstd, eps_weight, running_mean, running_var, counter, momentum, C, count,
-    CENTRED: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, ACC: tl.constexpr,
+    index, known, centre, v, mean, var, rstd, weight, eps_weight, running_mean, running_var, counter, r_max, d_max, momentum, C, count,
+    RULE: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Store the moments of the sets ``index`` and, where a set is a channel, update the running statistics; gives rstd."""
-    deviation = reciprocal(index, known, v, eps_weight, C, EPS, EPS_PER_CHANNEL, ACC)
+    """Store the moments of the sets ``index`` and, where a set is a channel, update the running statistics; gives (centre, rstd)."""
+    tracked = centre
+    if RULE == "mean_only":
+        deviation = tl.full([index.shape[0]], 1.0, ACC)
+        if weight is not None:
+            tracked = centre * tl.load(weight + index, mask=known, other=0.0).to(ACC)
+    else:
+        deviation = reciprocal(index, known, v, eps_weight, C, EPS, EPS_PER_CHANNEL, ACC)
+    if RULE == "renorm":
+        spread = tl.sqrt(v + EPS)
+        running_deviation = tl.load(running_var + index, mask=known, other=1.0).to(ACC)
+        factor, d = renorm.correction(
+            centre, spread, tl.load(running_mean + index, mask=known, other=0.0).to(ACC), running_deviation,
+            tl.load(r_max).to(ACC), tl.load(d_max).to(ACC),
+        )  # fmt: skip
+        tl.debug_barrier()  # all threads have read what one of them is about to move on
+        centre, deviation = renorm.coefficients(centre, deviation, factor, d)
+        tl.store(rstd + C + index, factor, mask=known)
+        tl.store(rstd + 2 * C + index, d, mask=known)
+    else:
+        spread = v * count / (count - 1)
     if mean is not None:
         tl.store(mean + index, centre, mask=known)
     if var is not None:
@@ -71,11 +90,11 @@ def finish(
     if rstd is not None:
         tl.store(rstd + index, deviation, mask=known)
     if running_mean is not None:
-        update_running(running_mean + index, centre, known, counter, momentum, AVERAGE, ACC)
+        update_running(running_mean + index, tracked, known, counter, momentum, AVERAGE, ACC)
     if running_var is not None:
-        update_running(running_var + index, v * count / (count - 1), known, counter, momentum, AVERAGE, ACC)
+        update_running(running_var + index, spread, known, counter, momentum, AVERAGE, ACC)
     count_batch(counter, AVERAGE)
-    return deviation
+    return centre, deviation
 
 
 @triton.jit

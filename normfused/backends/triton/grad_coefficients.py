@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rules import rms, standard
+from .rules import mean_only, renorm, rms, standard
 from .tiles import put
 
 
@@ -18,7 +18,7 @@ from .tiles import put
 def grad_sets_kernel(
     part_dz, part_dz_xc, rstd, weight, q, r,
     outer, C, D, chunks, sets, count,
-    CENTRED: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BP: tl.constexpr, LOOPS: tl.constexpr,
+    RULE: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BP: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
     groups = C // D
     index = tl.program_id(0) * BSET + tl.arange(0, BSET)
@@ -34,27 +34,40 @@ def grad_sets_kernel(
         at = (k * outer + o) * C + c0 + p % D
         gamma = tl.load(weight + c0 + p % D, mask=live, other=0.0).to(ACC) if weight is not None else 1.0
         b += gamma * tl.load(part_dz_xc + at, mask=live, other=0.0)
-        if CENTRED:
+        if RULE != "rms":
             a += gamma * tl.load(part_dz + at, mask=live, other=0.0)
     deviation = tl.load(rstd + index, mask=known, other=0.0)
-    store_vjp(q, r, index, known, deviation, tl.sum(a, 1), tl.sum(b, 1), count, CENTRED)
+    store_vjp(q, r, index, known, rstd, deviation, tl.sum(a, 1), tl.sum(b, 1), C, count, RULE)
 
 
 @triton.jit
-def store_vjp(q, r, index, known, rstd, a, b, count, CENTRED: tl.constexpr):
-    if CENTRED:
-        q_value, r_value = standard.coefficients_vjp(rstd, a, b, count)
+def store_vjp(q, r, index, known, saved, rstd, a, b, C, count, RULE: tl.constexpr):
+    q_value, r_value = coefficients_vjp(saved, index, known, rstd, a, b, C, count, RULE)
+    tl.store(q + index, q_value, mask=known)
+    if RULE != "rms":
         tl.store(r + index, r_value, mask=known)
-        tl.store(q + index, q_value, mask=known)
+
+
+@triton.jit
+def coefficients_vjp(saved, index, known, rstd, a, b, C, count, RULE: tl.constexpr):
+    """(q, r) of the sets ``index``, whose weighted sums are a and b; ``saved``: what the forward saved, the first C of them being rstd."""
+    if RULE == "rms":
+        return rms.coefficients_vjp(rstd, b, count), 0.0
+    elif RULE == "mean_only":
+        return tl.zeros([index.shape[0]], a.dtype), mean_only.coefficients_vjp(a, count)
+    elif RULE == "renorm":
+        factor = tl.load(saved + C + index, mask=known, other=1.0)
+        d = tl.load(saved + 2 * C + index, mask=known, other=0.0)
+        return renorm.coefficients_vjp(tl.where(known, rstd, 1.0), factor, d, a, b, count)
     else:
-        tl.store(q + index, rms.coefficients_vjp(rstd, b, count), mask=known)
+        return standard.coefficients_vjp(rstd, a, b, count)
 
 
 @triton.jit
 def grad_channels_kernel(
     part_dz, part_dz_xc, part_act, rstd, weight, eps_weight, dweight, dbias, dact_weight, deps_weight, q, r,
     outer, C, D, chunks, count,
-    CENTRED: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, ACC: tl.constexpr,
+    RULE: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, ACC: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, LOOPS: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -93,4 +106,4 @@ def grad_channels_kernel(
         put(deps_weight + c, rms.eps_gradient(gamma * tl.sum(cubed, 0), eps), known)
     if q is not None:
         deviation = tl.load(rstd + c, mask=known, other=0.0)
-        store_vjp(q, r, c, known, deviation, gamma * tl.sum(a, 0), gamma * tl.sum(b, 0), count, CENTRED)
+        store_vjp(q, r, c, known, rstd, deviation, gamma * tl.sum(a, 0), gamma * tl.sum(b, 0), C, count, RULE)

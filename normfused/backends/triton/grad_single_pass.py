@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from .activation import grad_weight
+from .grad_coefficients import coefficients_vjp
 from .grad_moments import activation_gradient
 from .mask import set_bytes, unpack
-from .rules import rms, standard
+from .rules import rms
 from .single_pass import channels_of, locate_sets, over_columns, over_set, set_offsets, sum_set
 from .tiles import divisible, get, put
 
@@ -21,7 +22,7 @@ from .tiles import divisible, get, put
 def grad_single_pass_kernel(
     x, dy, source, dx, dresidual, mean, rstd, weight, bias, act_weight, out_dz, out_dz_xc, out_act,
     D, S, R, so, sg, sR, sS, groups, per_outer, count,
-    CENTRED: tl.constexpr, SOURCE: tl.constexpr, GROUP: tl.constexpr, NHWC: tl.constexpr,
+    RULE: tl.constexpr, SOURCE: tl.constexpr, GROUP: tl.constexpr, NHWC: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr, ROWS_ARE_CHANNELS: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
@@ -70,8 +71,9 @@ def grad_single_pass_kernel(
     if dx is not None:
         flat = tl.sum(gamma, 2)
         b = tl.sum(sum_dz_xc * flat, 1)
-        if CENTRED:
-            q, r = standard.coefficients_vjp(deviation, tl.sum(sum_dz * flat, 1), b, count)
+        if RULE != "rms":
+            a = tl.sum(sum_dz * flat, 1)
+            q, r = coefficients_vjp(rstd, index, j < per_outer, deviation, a, b, groups, count, RULE)
             put(dx + start + offsets, dz * (over_set(deviation) * gamma) + (over_set(q) * centred + over_set(r)), live)
         else:
             q = rms.coefficients_vjp(deviation, b, count)

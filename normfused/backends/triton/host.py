@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import CHANNEL, POSITION, POST_ACT, PRE_ACT, PRE_NORM, SAMPLE_GROUP, Problem
+from ...problem import CHANNEL, MEAN_ONLY, POSITION, POST_ACT, PRE_ACT, PRE_NORM, SAMPLE_GROUP, Problem
 from .apply import apply_kernel
 from .coefficients import average_running_kernel, finalize_kernel
 from .grad_apply import grad_apply_kernel
@@ -24,6 +24,7 @@ from .positions import positions_kernel
 from .single_pass import single_pass_kernel
 
 Needs = tuple[bool, bool, bool]
+Bounds = tuple[Tensor | None, Tensor | None]  # r_max and d_max of the renorm rule
 _LANES = 1024  # accumulators of the kernels that merge partials
 
 
@@ -105,10 +106,11 @@ def norm_act(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    bounds: Bounds = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     plan = plan_for(p)
     y = torch.empty_like(x)
-    rstd = _like(p, x, p.moments_shape)
+    rstd = _like(p, x, p.rstd_shape)
     mean = _like(p, x, p.moments_shape if p.centred or not p.batch_statistics else (0,))
     residual = residual if p.residual_mode is not None else None
     mask = torch.empty(mask_bytes(p), dtype=torch.uint8, device=x.device) if mask_group(p) else None
@@ -128,9 +130,9 @@ def norm_act(
         out = (mean if p.centred or over_samples else None, var, rstd, eps_weight)
         in_kernel = (None, None, None) if over_samples else tracked
         if plan.route == SINGLE_PASS:
-            _single_pass(p, plan, x, residual, y, mask, out, weight, bias, act_weight, in_kernel, average)
+            _single_pass(p, plan, x, residual, y, mask, out, weight, bias, act_weight, in_kernel, average, bounds)
         else:
-            _moments(p, plan, x, out, in_kernel, average)
+            _moments(p, plan, x, out, in_kernel, average, weight, bounds)
             _apply(p, plan, x, residual, y, mask, mean if p.centred else None, rstd, weight, bias, act_weight)
         if over_samples:
             programs, blocks = _merge(("BC", "BN"), p.C, p.N)
@@ -143,20 +145,30 @@ def _some(buffer: Tensor | None) -> Tensor | None:
     return buffer if buffer is not None and buffer.numel() else None
 
 
-def _moments(p: Problem, plan: Plan, x: Tensor, out: tuple[Tensor | None, ...], tracked: tuple[Tensor | None, ...], average: bool) -> None:
+def _moments(
+    p: Problem,
+    plan: Plan,
+    x: Tensor,
+    out: tuple[Tensor | None, ...],
+    tracked: tuple[Tensor | None, ...],
+    average: bool,
+    weight: Tensor | None = None,
+    bounds: Bounds = (None, None),
+) -> None:
     """``out``: mean, var, rstd to be written (or None) and eps_weight; ``tracked``: running mean and variance, the counter."""
     g, t = plan.geometry, plan.stream
     part_m2 = _like(p, x, (t.chunks, g.outer, g.C))
     part_mean = torch.empty_like(part_m2) if p.centred else None
-    shared = {"CENTRED": p.centred, **_type(p)}
-    launch(moments_kernel, t.programs, x, part_mean, part_m2, g.outer, g.inner, g.C, *_where(g, t), **shared, **_tiles(g, t))
+    shape = {**_type(p), **_tiles(g, t)}
+    launch(moments_kernel, t.programs, x, part_mean, part_m2, g.outer, g.inner, g.C, *_where(g, t), CENTRED=p.centred, **shape)
     programs, blocks = _merge(("BSET", "BP"), g.sets, t.chunks * g.D)
-    eps_weight = out[3]
+    *moments, eps_weight = out
+    weight = weight if p.rule == MEAN_ONLY else None
     launch(
-        finalize_kernel, programs, part_mean, part_m2, *out, *tracked, _momentum(p),
+        finalize_kernel, programs, part_mean, part_m2, *moments, weight, eps_weight, *tracked, *bounds, _momentum(p),
         g.outer, g.C, g.D, g.S, t.s_tiles, t.tiles, t.chunks, g.sets, p.count,
-        EPS=p.eps, EPS_PER_CHANNEL=eps_weight is not None and eps_weight.numel() > 1, AVERAGE=average,
-        BS=t.BS, TILES=t.TILES, **shared, **blocks,
+        RULE=p.rule, EPS=p.eps, EPS_PER_CHANNEL=eps_weight is not None and eps_weight.numel() > 1, AVERAGE=average,
+        BS=t.BS, TILES=t.TILES, **_type(p), **blocks,
     )  # fmt: skip
 
 
@@ -197,15 +209,16 @@ def _single_pass(
     act_weight: Tensor | None,
     tracked: tuple[Tensor | None, ...],
     average: bool,
+    bounds: Bounds,
 ) -> None:
     g, t = plan.geometry, plan.sets
     assert t is not None
     mean, var, rstd, eps_weight = out
     launch(
         single_pass_kernel, t.programs,
-        x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, eps_weight, *tracked, _momentum(p),
+        x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, eps_weight, *tracked, *bounds, _momentum(p),
         g.C, g.D, *_set_strides(g, t), p.count,
-        CENTRED=p.centred, EPS=p.eps, EPS_PER_CHANNEL=eps_weight is not None and eps_weight.numel() > 1, AVERAGE=average,
+        RULE=p.rule, EPS=p.eps, EPS_PER_CHANNEL=eps_weight is not None and eps_weight.numel() > 1, AVERAGE=average,
         POST=p.residual_mode == POST_ACT, GROUP=mask_group(p) or 1, NHWC=g.nhwc, ROWS_ARE_CHANNELS=p.scope == SAMPLE_GROUP,
         **_activation(p, act_weight), **_type(p), **_sets(g, t),
     )  # fmt: skip
@@ -325,7 +338,7 @@ def _grad_channels(
     launch(
         grad_channels_kernel, programs, *part, rstd, weight, wanted.eps_weight if wanted.eps is not None else None,
         wanted.weight, wanted.bias, wanted.act, wanted.eps, q, r, outer, p.C, D, chunks, p.count,
-        CENTRED=p.centred, EPS_PER_CHANNEL=wanted.eps_weight is not None and wanted.eps_weight.numel() > 1, **_type(p), **blocks,
+        RULE=p.rule, EPS_PER_CHANNEL=wanted.eps_weight is not None and wanted.eps_weight.numel() > 1, **_type(p), **blocks,
     )  # fmt: skip
 
 
@@ -413,8 +426,8 @@ def _grad_two_pass(
         part = _partials(p, x, wanted, t.chunks, g.outer, g.C)
         _grad_sums(p, plan, dy, x, source, None, None, part, *statistics)
         if dx is not None and not alone:
-            q = torch.empty_like(rstd)
-            r = torch.empty_like(rstd) if p.centred else None
+            q = _like(p, x, p.moments_shape)
+            r = torch.empty_like(q) if p.centred else None
         set_is_channel = p.scope == CHANNEL
         if wanted.needed or set_is_channel:
             _grad_channels(p, part, g.outer, t.chunks, g.D, rstd, weight, wanted, *((q, r) if set_is_channel else ()))
@@ -422,7 +435,7 @@ def _grad_two_pass(
             programs, blocks = _merge(("BSET", "BP"), g.sets, t.chunks * g.D)
             launch(
                 grad_sets_kernel, programs, part[0], part[1], rstd, weight, q, r, g.outer, g.C, g.D, t.chunks, g.sets, p.count,
-                CENTRED=p.centred, **_type(p), **blocks,
+                RULE=p.rule, **_type(p), **blocks,
             )  # fmt: skip
     if alone and dx is not None:
         eps = p.eps if wanted.eps_weight is None else p.eps + wanted.eps_weight.to(p.accumulate).abs()
@@ -456,7 +469,7 @@ def _grad_single_pass(
     launch(
         grad_single_pass_kernel, t.programs, x, dy, source, dx, dresidual, centre, rstd, weight, bias, act_weight, *part,
         g.D, *_set_strides(g, t), p.count,
-        CENTRED=p.centred, **_source(p), NHWC=g.nhwc, ROWS_ARE_CHANNELS=by_row,
+        RULE=p.rule, **_source(p), NHWC=g.nhwc, ROWS_ARE_CHANNELS=by_row,
         **_activation(p, act_weight), **_type(p), **_sets(g, t),
     )  # fmt: skip
     if wanted.needed and by_row:

@@ -69,9 +69,10 @@ def sum_set(values):
 
 @triton.jit
 def single_pass_kernel(
-    x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, momentum: tl.float64,
+    x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, r_max, d_max,
+    momentum: tl.float64,
     C, D, S, R, so, sg, sR, sS, groups, per_outer, count,
-    CENTRED: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, POST: tl.constexpr,
+    RULE: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, POST: tl.constexpr,
     GROUP: tl.constexpr, NHWC: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr, ROWS_ARE_CHANNELS: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
@@ -88,7 +89,7 @@ def single_pass_kernel(
     known = inside if ROWS_ARE_CHANNELS else (j < per_outer)[:, None]
     values = get(x + start + offsets, live, ACC)
     centre = tl.zeros([BSET], ACC)
-    if CENTRED:
+    if RULE != "rms":
         rough = sum_set(values) / count
         centred = tl.where(live, values - over_set(rough), 0.0)
         offset = sum_set(centred) / count
@@ -97,9 +98,9 @@ def single_pass_kernel(
         centre = rough + offset
     else:
         v = sum_set(values * values) / count
-    deviation = finish(
-        index, j < per_outer, centre, v, mean, var, rstd, eps_weight, running_mean, running_var, counter, momentum, C, count,
-        CENTRED, EPS, EPS_PER_CHANNEL, AVERAGE, ACC,
+    centre, deviation = finish(
+        index, j < per_outer, centre, v, mean, var, rstd, weight, eps_weight, running_mean, running_var, counter, r_max, d_max, momentum,
+        C, count, RULE, EPS, EPS_PER_CHANNEL, AVERAGE, ACC,
     )  # fmt: skip
     scale = over_set(deviation) * over_columns(weight, c, known, 1.0, ACC)
     z = (values - over_set(centre)) * scale + over_columns(bias, c, known, 0.0, ACC)
