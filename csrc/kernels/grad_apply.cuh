@@ -2,7 +2,8 @@
 //
 // grad_apply_kernel (two_pass): a slab per block, whose sums are merged by every block that needs them from what grad_moments_kernel
 // left; or q and r are given per (n, c); or zero, where the statistics were given. Reads dy and x (residual or mask, dh), writes dx
-// (and dresidual); as a step also dshifted, which joins dy, and dresidual has the residual's factor. Channels that are sets (batch norm) get their parameters' gradients here, the others in grad_parameters.cuh.
+// (and dresidual); as a step also dshifted, which joins dy, and dresidual has the residual's factor. Channels that are sets (batch norm)
+// get their parameters' gradients here, the others in grad_parameters.cuh.
 #pragma once
 
 #include "grad_moments.cuh"
@@ -119,7 +120,7 @@ NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, c
     NF_UNROLL
     for (int part = 0; part < V; part += P) {
         GradientLanes<A, P> lanes;
-        gradient_lanes<T, kWide, kRows, kAct>(call, c, batch, k, part, lanes);
+        gradient_lanes<T, kWide, kRows, kAct>(call, slab, spot, c, batch, k, part, lanes);
         if constexpr (Batch::of_step) {
             A of_residual[P];
             NF_UNROLL

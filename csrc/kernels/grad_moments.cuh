@@ -55,9 +55,9 @@ NF_DEVICE void load_gradients(const Call& call, const Slab<T, kWide>& slab, cons
     const void* residual = t.residual;
     if constexpr (Batch::of_step) {
         if (t.against) residual = t.against;
-        if (t.dshifted) {
+        if (clears_outside<kAct> && t.dshifted) {
             NF_UNROLL
-            for (int k = 0; k < K; ++k) batch.dshifted[k] = slab.template load<false, clears_outside<kAct>>(t.dshifted, spots[k]);
+            for (int k = 0; k < K; ++k) batch.dshifted[k] = slab.load(t.dshifted, spots[k]);
         }
     }
     if (residual) {
@@ -71,9 +71,9 @@ NF_DEVICE void load_gradients(const Call& call, const Slab<T, kWide>& slab, cons
     }
 }
 
-template <class T, bool kWide, bool kRows, int kAct, class Batch>
-NF_DEVICE void gradient_lanes(const Call& call, const Coefficients<T, kWide, kRows>& c, const Batch& batch, int k, int part,
-                              GradientLanes<AccumulatorOf<T>, part_size<T, kAct>>& lanes) {
+template <class T, bool kWide, bool kRows, int kAct, class AnySlab, class Batch>
+NF_DEVICE void gradient_lanes(const Call& call, const AnySlab& slab, const Spot& spot, const Coefficients<T, kWide, kRows>& c,
+                              const Batch& batch, int k, int part, GradientLanes<AccumulatorOf<T>, part_size<T, kAct>>& lanes) {
     using A = AccumulatorOf<T>;
     constexpr int P = part_size<T, kAct>;
     const Activation<kAct, A, P> act(call.problem);
@@ -88,8 +88,15 @@ NF_DEVICE void gradient_lanes(const Call& call, const Coefficients<T, kWide, kRo
     }
     if constexpr (Batch::of_step) {
         if (opaque(int(call.tensors.dshifted != nullptr))) {
+            Pack<T, P> dshifted;
+            if constexpr (clears_outside<kAct>) {
+                NF_UNROLL
+                for (int j = 0; j < P; ++j) dshifted.data[j] = batch.dshifted[k].data[part + j];
+            } else {  // no registers for another vector
+                dshifted = slab.template load_part<P>(call.tensors.dshifted, spot, part);
+            }
             NF_UNROLL
-            for (int j = 0; j < P; ++j) lanes.dz[j] += widen(batch.dshifted[k].data[part + j]);
+            for (int j = 0; j < P; ++j) lanes.dz[j] += widen(dshifted.data[j]);
         }
     }
     const int source = opaque(call.tensors.mask ? 2 : call.tensors.residual ? 1 : 0);
@@ -272,7 +279,7 @@ NF_DEVICE void add_gradient_batch(const Call& call, const Slab<T, kWide>& slab, 
             NF_UNROLL
             for (int part = 0; part < vector_size<T>; part += P) {
                 GradientLanes<A, P> lanes;
-                gradient_lanes<T, kWide, kRows, kAct>(call, c, batch, k, part, lanes);
+                gradient_lanes<T, kWide, kRows, kAct>(call, slab, spots[k], c, batch, k, part, lanes);
                 if constexpr (Batch::of_step) {
                     if (opaque(int(t.against != nullptr))) {
                         NF_UNROLL
