@@ -133,7 +133,8 @@ class SyncNormAct(torch.autograd.Function):
         if x.numel() == 0:
             return _empty_after(mean, x), count, mean, var
         scale, shift = _coefficients(x, mean, (var + eps).rsqrt(), weight, bias)
-        return ops.apply(x, residual, scale, shift, act_weight, act, p0, p1, residual_mode, backend), count, mean, var
+        y, _ = ops.apply(x, residual, scale, shift, act_weight, act, p0, p1, residual_mode, backend)
+        return y, count, mean, var
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

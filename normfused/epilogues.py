@@ -1,4 +1,4 @@
-"""Step 3 of a norm on its own: y = act(scale*x + shift [+ residual]) [+ shift after], for networks that normalize nothing.
+"""Step 3 of a norm on its own: y = act(scale*x + shift [+ residual_scale*residual]) and y + shift_after, for networks without norms.
 
 One autograd Function over the operators ``normfused::apply``, ``grad_moments`` and ``grad_apply``, which every backend has. Where a
 tracer or a transform must see through it, and in double backward, the same is composed of differentiable ATen operations.
@@ -19,7 +19,8 @@ from .problem import PRE_ACT, accumulation_dtype, dense, layout_of
 
 __all__ = ["act_bias", "affine_act", "rescaled_residual"]
 
-_Static = tuple[Activation, float, float, str]  # activation, scale as a number, scale of the residual, backend
+_Numbers = tuple[Activation, float, float]  # activation; factors of x and of the residual where they are numbers
+_Static = tuple[Activation, float, float, str, str]  # the same, outputs ("y", "shifted" or "both"), backend
 
 
 def affine_act(
@@ -30,7 +31,7 @@ def affine_act(
     act: ActivationLike = "identity",
     act_param: Tensor | None = None,
     residual: Tensor | None = None,
-    residual_scale: float = 1.0,
+    residual_scale: Tensor | float = 1.0,
     shift_after: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -44,7 +45,8 @@ def affine_act(
         shift: :math:`b`, (C,); None (default) for 0.
         act, act_param, backend: as in `batch_norm_act`.
         residual: :math:`r`, same shape and type as x.
-        residual_scale: :math:`s`, a number (default 1). Another one costs a pass over the residual; half types are then run in float32.
+        residual_scale: :math:`s`, a number (default 1) or one value. Of a and s the gradient of one costs a pass over x and r, that of
+            both costs two.
         shift_after: :math:`d`, (C,), added after the activation; the input bias of the next layer.
 
     Returns:
@@ -53,16 +55,18 @@ def affine_act(
     Raises:
         ValueError, ShapeError, DTypeError, DeviceError, RuntimeError as in `batch_norm_act`.
 
-    Differentiable in x, scale, shift, residual, shift_after and act_param, twice; deterministic. The derivative of the activation is
-    taken at its input, never read off y where ``shift_after`` was added: relu(z) + d > d fails for small z.
+    Half types are computed in float32 and rounded once. Differentiable in x, scale, shift, residual, residual_scale, shift_after and
+    act_param, twice; deterministic. The derivative of the activation is taken at its input, never read off y where ``shift_after`` was
+    added: relu(z) + d > d fails for small z.
     """
-    return _affine_act("affine_act", x, scale, shift, act, act_param, residual, residual_scale, shift_after, backend)
+    y: Tensor = _affine_act("affine_act", x, scale, shift, act, act_param, residual, residual_scale, shift_after, backend)
+    return y
 
 
 def act_bias(
     x: Tensor, bias: Tensor, *, act: ActivationLike = "relu", act_param: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    r"""Activation and the input bias of the next layer, :math:`y = \mathrm{act}(x) + b_c`; reads x once and writes y once for ReLU.
+    r"""Activation and the input bias of the next layer, :math:`y = \mathrm{act}(x) + b_c`; reads x once and writes y once.
 
     Args:
         x: (N, C, \*), usually what a convolution without bias returned.
@@ -82,7 +86,8 @@ def act_bias(
     if not isinstance(bias, Tensor):
         raise TypeError(f"act_bias: bias must be a Tensor, got {type(bias).__name__}")
     checks.parameter("act_bias", "bias", bias, x, x.shape[1])
-    return _affine_act("act_bias", x, None, None, act, act_param, None, 1.0, bias, backend)
+    y: Tensor = _affine_act("act_bias", x, None, None, act, act_param, None, 1.0, bias, backend)
+    return y
 
 
 def rescaled_residual(
@@ -102,13 +107,14 @@ def rescaled_residual(
         x: (N, C, \*), the block's input or what its shortcut made of it.
         branch: :math:`F`, same shape and type.
         alpha: a number; see `rescale_schedule`.
-        beta: a number or one value (a learned multiplier); None where the weight of the branch's last layer holds it
-            (`RescaledResidual.fold`): then the activation is read and written three times in all, the least there is.
+        beta: a number or one value (a learned multiplier, whose gradient costs a pass over F); None where the weight of the branch's
+            last layer holds it (`RescaledResidual.fold`).
         act, act_param, backend: as in `batch_norm_act` (default ``"relu"``).
         next_bias: (C,), the input bias of the next block.
 
     Returns:
-        y, a Tensor like x; with ``next_bias`` the pair (y, y + next_bias): the next block's shortcut and its convolution's input.
+        y, a Tensor like x; with ``next_bias`` the pair (y, y + next_bias): the next block's shortcut and its convolution's input, both
+        written in one pass over x and F. Backward, one pass reads both gradients and writes those of x and F.
 
     Raises:
         As `affine_act`, of which this is a case.
@@ -125,11 +131,10 @@ def rescaled_residual(
     if isinstance(beta, Tensor) and beta.numel() != 1:
         raise checks.ShapeError(f"{op}: beta must have one value, got shape {tuple(beta.shape)}")
     checks.parameter(op, "next_bias", next_bias, x, x.shape[1])
+    both = next_bias is not None
     if beta is None:
-        y = _affine_act(op, x, alpha, None, act, act_param, branch, 1.0, None, backend)
-    else:
-        y = _affine_act(op, branch, beta, None, act, act_param, x, alpha, None, backend)
-    return y if next_bias is None else (y, _affine_act(op, y, None, next_bias, "identity", None, None, 1.0, None, backend))
+        return _affine_act(op, x, alpha, None, act, act_param, branch, 1.0, next_bias, backend, both)
+    return _affine_act(op, branch, beta, None, act, act_param, x, alpha, next_bias, backend, both)
 
 
 def _affine_act(
@@ -140,29 +145,42 @@ def _affine_act(
     act: ActivationLike,
     act_param: Tensor | None,
     residual: Tensor | None,
-    residual_scale: float,
+    residual_scale: Tensor | float,
     shift_after: Tensor | None,
     backend: str | None,
-) -> Tensor:
+    both: bool = False,
+) -> Any:
+    """y + shift_after (y without one); ``both``: (y, y + shift_after)."""
     checks.floating(op, x)
     checks.min_dim(op, x, 2)
     channels = x.shape[1]
-    number = 1.0
+    number, residual_number = 1.0, 1.0
     if isinstance(scale, Tensor):
         checks.parameter(op, "scale", scale.reshape(-1) if scale.dim() == 0 else scale, x, 1 if scale.numel() == 1 else channels)
     elif scale is not None:
         number, scale = float(scale), None
+    if isinstance(residual_scale, Tensor):
+        if residual_scale.numel() != 1:
+            raise checks.ShapeError(f"{op}: residual_scale must have one value, got shape {tuple(residual_scale.shape)}")
+        checks.parameter(op, "residual_scale", residual_scale.reshape(-1), x, 1)
+        factor = None if residual is None else residual_scale
+    else:
+        residual_number, factor = float(residual_scale), None
     checks.parameter(op, "shift", shift, x, channels)
     checks.parameter(op, "shift_after", shift_after, x, channels)
     if residual is not None:
         checks.residual(op, residual, x)
     fused, act_weight, composed = resolve_act(op, act, act_param, x, channels)
-    if composed is not None or (residual is not None and shift_after is not None):
-        # with a residual the slope is kept as y before the shift, which is then a tensor of its own
-        y: Tensor = _run(x, residual, scale, shift, None, act_weight, (fused, number, residual_scale), backend)
-        y = y if composed is None else composed(y)
-        return y if shift_after is None else _run(y, None, None, shift_after, None, None, (IDENTITY, 1.0, 1.0), backend)
-    return _run(x, residual, scale, shift, shift_after, act_weight, (fused, number, residual_scale), backend)
+    tensors = (x, residual, scale, shift)
+    numbers = (fused, number, residual_number)
+    if composed is None:
+        outputs = "y" if shift_after is None else "both" if both else "shifted"
+        return _run(*tensors, shift_after, act_weight, factor, numbers, outputs, backend)
+    y = composed(_run(*tensors, None, act_weight, factor, numbers, "y", backend))
+    if shift_after is None:
+        return y
+    shifted = _run(y, None, None, None, shift_after, None, None, (IDENTITY, 1.0, 1.0), "shifted", backend)
+    return (y, shifted) if both else shifted
 
 
 def _run(
@@ -172,29 +190,31 @@ def _run(
     shift: Tensor | None,
     shift_after: Tensor | None,
     act_weight: Tensor | None,
-    numbers: tuple[Activation, float, float],
+    residual_scale: Tensor | None,
+    numbers: _Numbers,
+    outputs: str,
     backend: str | None,
-) -> Tensor:
+) -> Any:
     name = dispatch.choose(x.device.type, x.dtype, backend)
     composite = ops.see_through() or torch.compiler.is_compiling() or x.device.type == "meta" or x.numel() == 0
+    mode = None if residual is None else PRE_ACT
     if ops.trace is not None:
-        mode = None if residual is None else PRE_ACT
         ops.trace.append((name, "composite" if composite else "fused", "none", "affine", numbers[0], mode, None))
     kind = x.device.type
     if composite:
+        tensors = (x, residual, scale, shift, shift_after, act_weight, residual_scale)
         if kind != "meta" and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return _compose(x, residual, scale, shift, shift_after, act_weight, numbers)
-        return _compose(x, residual, scale, shift, shift_after, act_weight, numbers)
+                return _compose(*tensors, numbers, outputs)
+        return _compose(*tensors, numbers, outputs)
     x = dense(x)
     if residual is not None:
         residual = dense(residual, layout_of(x))
-        wide = accumulation_dtype(x.dtype)
-        if numbers[2] != 1.0 and name != "torch" and x.dtype != wide:
-            # the steps add the residual as it is; scaled in a half type it would be rounded once more than y
-            return _run(x.to(wide), residual.to(wide), scale, shift, shift_after, act_weight, numbers, name).to(x.dtype)
-    y: Tensor = ops.apply_function(AffineAct, x, residual, scale, shift, shift_after, act_weight, (*numbers, name))
-    return y
+    # where the backward tells the slope from y, y is written too; it is never read off y + shift_after
+    keeps_y = outputs == "shifted" and name != "torch" and ops.step_z_source(numbers[0], x.dtype, mode, name) == "y"
+    static = (*numbers, "both" if keeps_y else outputs, name)
+    out = ops.apply_function(AffineAct, x, residual, scale, shift, shift_after, act_weight, residual_scale, static)
+    return out[1] if keeps_y else out
 
 
 # ------------------------------------------------------------------------------------------------- differentiable
@@ -205,9 +225,16 @@ def _over_channels(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _pre_activation(
-    x: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None, number: float, residual_scale: float, inplace: bool
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual_scale: Tensor | None,
+    numbers: _Numbers,
+    inplace: bool = False,
 ) -> Tensor:
     """z in the accumulation type; x itself where there is nothing to do."""
+    _, number, residual_number = numbers
     z = x.to(accumulation_dtype(x.dtype))
     if scale is not None and shift is not None:
         z = torch.addcmul(_over_channels(shift, x), z, _over_channels(scale, x))
@@ -218,10 +245,12 @@ def _pre_activation(
             z = z * number
         if shift is not None:
             z = z + _over_channels(shift, x)
-    if residual is not None:
-        residual = residual.to(z.dtype)
-        z = z.add_(residual, alpha=residual_scale) if inplace and z is not x else torch.add(z, residual, alpha=residual_scale)
-    return z
+    if residual is None:
+        return z
+    residual = residual.to(z.dtype)
+    if residual_scale is not None:
+        return torch.addcmul(z, residual, _over_channels(residual_scale, x))
+    return z.add_(residual, alpha=residual_number) if inplace and z is not x else torch.add(z, residual, alpha=residual_number)
 
 
 def _compose(
@@ -231,20 +260,22 @@ def _compose(
     shift: Tensor | None,
     shift_after: Tensor | None,
     act_weight: Tensor | None,
-    numbers: tuple[Activation, float, float],
+    residual_scale: Tensor | None,
+    numbers: _Numbers,
+    outputs: str,
     inplace: bool = False,
-) -> Tensor:
-    """y by ATen's operations, half types in float32 and rounded once; ``inplace`` writes over what it has made itself."""
-    act, number, residual_scale = numbers
-    z = _pre_activation(x, residual, scale, shift, number, residual_scale, inplace)
-    fresh = inplace and z is not x
-    y = activate(z, act, act_weight, inplace=fresh)
+) -> Any:
+    """The outputs by ATen's operations, half types in float32 and rounded once; ``inplace`` writes over what it has made itself."""
+    z = _pre_activation(x, residual, scale, shift, residual_scale, numbers, inplace)
+    y = activate(z, numbers[0], act_weight, inplace=inplace and z is not x)
+    shifted = None
     if shift_after is not None:
         after = _over_channels(shift_after, x)
-        y = y.add_(after) if inplace and y is not x else y + after
-    if y is x:  # as every operation of torch, in memory of its own
-        return x.clone()
-    return y.to(x.dtype)
+        shifted = (y.add_(after) if inplace and y is not x and outputs == "shifted" else y + after).to(x.dtype)
+    if outputs == "shifted":
+        return shifted
+    y = x.clone() if y is x else y.to(x.dtype)  # as every operation of torch, in memory of its own
+    return y if outputs == "y" else (y, shifted)
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
@@ -254,6 +285,13 @@ def _coefficients(x: Tensor, values: Tensor | None, number: float) -> Tensor:
     if values is None:
         return torch.full(shape, number, dtype=wide, device=x.device)
     return values.to(wide).expand(shape).contiguous()
+
+
+def _factor(x: Tensor, residual_scale: Tensor | None, number: float) -> Tensor | None:
+    """The residual's factor as the steps take it; None for 1."""
+    if residual_scale is None:
+        return None if number == 1.0 else torch.full((1,), number, dtype=accumulation_dtype(x.dtype), device=x.device)
+    return residual_scale.reshape(1).to(accumulation_dtype(x.dtype))
 
 
 class AffineAct(torch.autograd.Function):
@@ -267,89 +305,140 @@ class AffineAct(torch.autograd.Function):
         shift: Tensor | None,
         shift_after: Tensor | None,
         act_weight: Tensor | None,
+        residual_scale: Tensor | None,
         static: _Static,
-    ) -> Tensor:
-        act, number, residual_scale, backend = static
+    ) -> Any:
+        act, number, residual_number, outputs, backend = static
         if backend == "torch":
-            return _compose(x, residual, scale, shift, shift_after, act_weight, static[:3], inplace=True)
-        if residual is not None and residual_scale != 1.0:  # the steps add the residual as it is
-            residual = residual * residual_scale
-        offset, after = shift, shift_after
-        if shift_after is not None and act.name in ("identity", "relu"):  # one read and one write: relu(z) + d = max(z + d, d)
-            offset, after = shift_after if shift is None else shift.to(accumulation_dtype(x.dtype)) + shift_after, None
-            if act.name == "relu":
-                act, act_weight = Activation("tlu"), shift_after.contiguous()
-        mode = None if residual is None else PRE_ACT
-        y: Tensor = ops.apply(
-            x, residual, _coefficients(x, scale, number), _coefficients(x, offset, 0.0), act_weight, act.name, act.p0, act.p1, mode, backend
-        )
-        if after is not None:
-            y = torch.add(y, _over_channels(after, x), out=torch.empty_like(y))
-        return y
+            return _compose(x, residual, scale, shift, shift_after, act_weight, residual_scale, static[:3], outputs, inplace=True)
+        y, shifted = ops.apply(
+            x, residual, _coefficients(x, scale, number), _coefficients(x, shift, 0.0), act_weight,
+            act.name, act.p0, act.p1, None if residual is None else PRE_ACT, backend,
+            None if residual is None else _factor(x, residual_scale, residual_number),
+            None if shift_after is None else _coefficients(x, shift_after, 0.0), outputs != "shifted",
+        )  # fmt: skip
+        return {"y": y, "shifted": shifted, "both": (y, shifted)}[outputs]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, residual, scale, shift, shift_after, act_weight, static = inputs
-        act = static[0]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, residual, scale, shift, shift_after, act_weight, residual_scale, static = inputs
+        act, _, _, outputs, backend = static
+        y = {"y": output, "shifted": None, "both": output[0]}[outputs]
         source: str | None = None
         if act.name != "identity" and residual is not None:
-            # of other activations the CUDA steps want the residual; where y will do without them it is kept, as the next layer keeps it
-            source = "y" if act.derivative_from_y(x.dtype) and (static[3] != "cuda" or _exact_from_y(act, x.dtype)) else "residual"
-        ctx.from_y = source == "y" and (_exact_from_y(act, x.dtype) or static[3] == "torch")
-        needs_x = ctx.needs_input_grad[2] or not (act.name == "identity" or ctx.from_y)
-        ctx.static, ctx.source = static, source
+            # the CUDA steps want the residual, unless y can stand in for z; then y is kept, as the next layer keeps it
+            known = y is not None and act.derivative_from_y(x.dtype) and (backend != "cuda" or _same_slope_at_y(act))
+            source = "y" if known else "residual"
+        needs_x = ctx.needs_input_grad[2] or not (act.name == "identity" or source == "y")
+        ctx.static, ctx.source, ctx.layout, ctx.has_residual = static, source, layout_of(x), residual is not None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if needs_x else None, {None: None, "y": output, "residual": residual}[source], scale, shift, act_weight)
-        ctx.like = [None if t is None else (t.shape, t.dtype) for t in (scale, shift, shift_after)]
+        ctx.save_for_backward(
+            x if needs_x else None, {None: None, "y": y, "residual": residual}[source], residual if ctx.needs_input_grad[6] else None,
+            scale, shift, act_weight, residual_scale,
+        )  # fmt: skip
+        ctx.like = [None if t is None else (t.shape, t.dtype) for t in (scale, shift, shift_after, residual_scale)]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        outputs, backend = ctx.static[3:]
+        dy, dshifted = upstream[0], upstream[1] if outputs == "both" else None
+        after = {"y": None, "shifted": dy, "both": dshifted}[outputs]
         if dy is None:
-            return (None,) * 7
-        x, z_source, scale, shift, act_weight = ctx.saved_tensors
+            dy, dshifted = dshifted, None
+        if dy is None:
+            return (None,) * 8
         if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, dy, x, z_source, scale, shift, act_weight)
-        act, number, residual_scale, backend = ctx.static
-        need_x, need_residual, need_scale, need_shift, need_after, need_weight, _ = ctx.needs_input_grad
-        dafter = _channel_sum(dy, ctx.like[2]) if need_after else None
-        dx = dz = dact_weight = sum_dz = sum_dz_x = None
-        if act.name == "identity":
-            dz = dy
-        elif ctx.from_y:
-            dz = _from_y(dy, z_source, act)
+            gradients = _differentiable_backward(ctx, dy, dshifted)
         elif backend == "torch":
-            dz, dact_weight = _from_z(dy, x, z_source, scale, shift, act_weight, ctx.static)
-        if dz is None:
-            dy = dense(dy, layout_of(x))
-            if ctx.source == "residual" and residual_scale != 1.0:
-                z_source = z_source * residual_scale
-            a, b = _coefficients(x, scale, number), _coefficients(x, shift, 0.0)
-            zero, mode = torch.zeros_like(a), None if z_source is None else PRE_ACT
-            static = (act.name, act.p0, act.p1, mode, backend)
-            if need_scale or need_shift or need_weight:
-                sum_dz, sum_dz_x, dact_weight = ops.grad_moments(dy, x, z_source, zero, a, b, act_weight, *static)
-            own = need_residual and z_source is not None
-            dx, dz = ops.grad_apply(dy, x, z_source, zero, a, b, act_weight, a, zero, zero, *static, need_x, own)
+            gradients = _composed_backward(ctx, dy, dshifted)
         else:
-            if need_x:
-                dx = dz if scale is None and number == 1.0 else _scaled(dz, scale, number)
-                dx = dx.to(dy.dtype)
-            if need_scale:
-                zero = torch.zeros(x.shape[:2], dtype=accumulation_dtype(x.dtype), device=x.device)
-                plain = ("identity", 0.0, 0.0, None, backend)
-                upstream = dense(dz if backend == "torch" else dz.to(x.dtype), layout_of(x))
-                sum_dz, sum_dz_x, _ = ops.grad_moments(upstream, x, None, zero, zero, zero, None, *plain)
-        dresidual = None
-        if need_residual:
-            assert dz is not None
-            dresidual = (dz if residual_scale == 1.0 else dz * residual_scale).to(dy.dtype)
-        dscale = dshift = None
-        if need_scale:
-            assert sum_dz_x is not None
-            dscale = _summed(sum_dz_x, ctx.like[0])
-        if need_shift:
-            dshift = _channel_sum(dz, ctx.like[1]) if sum_dz is None else _summed(sum_dz, ctx.like[1])
-        return dx if need_x else None, dresidual, dscale, dshift, dafter, dact_weight if need_weight else None, None
+            gradients = _fused_backward(ctx, dy, dshifted)
+        dx, dresidual, dscale, dshift, dact_weight, dresidual_scale = gradients
+        dafter = None if after is None or not ctx.needs_input_grad[4] else _channel_sum(after, ctx.like[2])
+        return dx, dresidual, dscale, dshift, dafter, dact_weight, dresidual_scale, None
+
+
+def _same_slope_at_y(act: Activation) -> bool:
+    """Whether act'(act(z)) = act'(z), so that y may be taken for z."""
+    return act.name in ("relu", "relu6") or (act.name == "leaky_relu" and act.p0 > 0)
+
+
+_Gradients = tuple[Tensor | None, ...]  # of x, residual, scale, shift, act_weight, residual_scale
+
+
+def _fused_backward(ctx: Any, dy: Tensor, dshifted: Tensor | None) -> _Gradients:
+    """One launch for x and the residual, which reads dy and dshifted once; before it, one that sums, where numbers are trained."""
+    x, z_source, residual, scale, shift, act_weight, residual_scale = ctx.saved_tensors
+    act, number, residual_number, _, backend = ctx.static
+    need_x, need_residual, need_scale, need_shift, _, need_weight, need_factor, _ = ctx.needs_input_grad
+    given, dy = dy, dense(dy, ctx.layout)
+    passes_on = act.name == "identity" and dshifted is None  # dz is dy
+    a, factor = _coefficients(dy, scale, number), _factor(dy, residual_scale, residual_number) if ctx.has_residual else None
+    zero = torch.zeros_like(a)
+    # what z is recomputed from: x with its coefficients (and the residual), or y in the place of z
+    at, slope, offset, against = dy if x is None else x, a, _coefficients(dy, shift, 0.0), None
+    if ctx.source == "y":
+        at, slope, offset, against = z_source, torch.ones_like(a), zero, x
+        z_source = None if _same_slope_at_y(act) else z_source
+    static = (act.name, act.p0, act.p1, PRE_ACT if ctx.has_residual else None, backend)
+    of_z = (dy, at, z_source, zero, slope, offset, act_weight)
+    dscale = dshift = dact_weight = dfactor = sum_dz = None
+    if need_factor:
+        sum_dz, sum_dz_r, dact_weight = ops.grad_moments(*of_z, *static, factor, dshifted, residual)
+        dfactor = _summed(sum_dz_r, ctx.like[3])
+    if need_scale or (sum_dz is None and (need_weight or (need_shift and not passes_on))):
+        sum_dz, sum_dz_x, dact_weight = ops.grad_moments(*of_z, *static, factor, dshifted, against)
+        dscale = _summed(sum_dz_x, ctx.like[0]) if need_scale else None
+    if need_shift:
+        dshift = _channel_sum(dy, ctx.like[1]) if sum_dz is None else _summed(sum_dz, ctx.like[1])
+    alike = ctx.has_residual and scale is None and residual_scale is None and number == residual_number
+    dx = given if need_x and passes_on and scale is None and number == 1.0 else None
+    dresidual = given if need_residual and passes_on and factor is None else None
+    writes = (
+        (need_x or (need_residual and alike)) and dx is None and not (alike and dresidual is not None),
+        need_residual and dresidual is None and not alike,
+    )
+    if any(writes):
+        written = ops.grad_apply(*of_z, a, zero, zero, *static, *writes, factor, dshifted)
+        dx, dresidual = (new if wanted else old for new, wanted, old in zip(written, writes, (dx, dresidual), strict=True))
+    if alike and need_residual and dresidual is None:
+        dresidual = dx
+    return dx if need_x else None, dresidual, dscale, dshift, dact_weight if need_weight else None, dfactor
+
+
+def _composed_backward(ctx: Any, dy: Tensor, dshifted: Tensor | None) -> _Gradients:
+    """By ATen, in the accumulation type where anything is rounded."""
+    x, z_source, residual, scale, shift, act_weight, residual_scale = ctx.saved_tensors
+    act, number, residual_number = numbers = ctx.static[:3]
+    need_x, need_residual, need_scale, need_shift, _, need_weight, need_factor, _ = ctx.needs_input_grad
+    dtype = dy.dtype
+    joined = dy if dshifted is None else dy.to(accumulation_dtype(dtype)) + dshifted
+    dact_weight = None
+    if act.name == "identity":
+        dz = joined
+    elif ctx.source == "y":
+        dz = _from_y(joined, z_source, act)
+    else:
+        dz, dact_weight = _from_z(joined, x, z_source, scale, shift, act_weight, residual_scale, numbers)
+
+    def against(t: Tensor, like: Any) -> Tensor:
+        upstream, t = dense(dz, ctx.layout), t.to(dz.dtype)
+        zero = torch.zeros(t.shape[:2], dtype=accumulation_dtype(t.dtype), device=t.device)
+        return _summed(ops.grad_moments(upstream, t, None, zero, zero, zero, None, "identity", 0.0, 0.0, None, "torch")[1], like)
+
+    def scaled(factor: Tensor | None, number: float) -> Tensor:
+        if factor is None:
+            return (dz if number == 1.0 else dz * number).to(dtype)
+        return torch.mul(dz, _over_channels(factor, dz), out=torch.empty_like(dz)).to(dtype)
+
+    return (
+        scaled(scale, number) if need_x else None,
+        scaled(residual_scale, residual_number) if need_residual else None,
+        against(x, ctx.like[0]) if need_scale else None,
+        _channel_sum(dz, ctx.like[1]) if need_shift else None,
+        dact_weight if need_weight else None,
+        against(residual, ctx.like[3]) if need_factor else None,
+    )
 
 
 def _summed(per_slice: Tensor, like: tuple[torch.Size, torch.dtype]) -> Tensor:
@@ -358,33 +447,30 @@ def _summed(per_slice: Tensor, like: tuple[torch.Size, torch.dtype]) -> Tensor:
     return (per_slice.sum() if shape.numel() == 1 else per_slice.sum(0)).reshape(shape).to(dtype)
 
 
-def _channel_sum(dz: Tensor | None, like: tuple[torch.Size, torch.dtype]) -> Tensor:
-    assert dz is not None
+def _channel_sum(dz: Tensor, like: tuple[torch.Size, torch.dtype]) -> Tensor:
     return dz.sum([d for d in range(dz.dim()) if d != 1], dtype=accumulation_dtype(dz.dtype)).to(like[1])
-
-
-def _scaled(dz: Tensor, scale: Tensor | None, number: float) -> Tensor:
-    return dz * number if scale is None else torch.mul(dz, _over_channels(scale, dz), out=torch.empty_like(dz))
-
-
-def _exact_from_y(act: Activation, dtype: torch.dtype) -> bool:
-    """Whether dz needs no wider type than dy's: ReLU passes numbers on or not."""
-    return act.name == "relu" or dtype == accumulation_dtype(dtype)
 
 
 def _from_y(dy: Tensor, y: Tensor, act: Activation) -> Tensor:
     if act.name == "relu":
-        return torch.ops.aten.threshold_backward(dy, y, 0)  # type: ignore[no-any-return]
+        return torch.ops.aten.threshold_backward(dy, y.to(dy.dtype), 0)  # type: ignore[no-any-return]
     wide = accumulation_dtype(dy.dtype)
     return grad_activate_from_y(dy.to(wide), y.to(wide), act)
 
 
 def _from_z(
-    dy: Tensor, x: Tensor, residual: Tensor | None, scale: Tensor | None, shift: Tensor | None, act_weight: Tensor | None, static: _Static
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    act_weight: Tensor | None,
+    residual_scale: Tensor | None,
+    numbers: _Numbers,
 ) -> tuple[Tensor, Tensor | None]:
     """(dz, gradient of act_weight) by ATen, in the accumulation type."""
-    act, number, residual_scale, _ = static
-    z = _pre_activation(x, residual, scale, shift, number, residual_scale, True)
+    act = numbers[0]
+    z = _pre_activation(x, residual, scale, shift, residual_scale, numbers, True)
     if z is x and act.name in ("sigmoid", "tanh"):  # whose gradient is written over z
         z = x.clone()
     dz, dweight = grad_activate_(dy.to(z.dtype), z, act, act_weight)
@@ -394,28 +480,35 @@ def _from_z(
     return dz, summed.reshape(act_weight.shape).to(act_weight.dtype)
 
 
-def _differentiable_backward(
-    ctx: Any, dy: Tensor, x: Tensor | None, z_source: Tensor | None, scale: Tensor | None, shift: Tensor | None, act_weight: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(ctx: Any, dy: Tensor, dshifted: Tensor | None) -> _Gradients:
     """The backward by operations that have a backward; where y tells the slope, y's own history carries the second derivative."""
-    act, number, residual_scale, _ = ctx.static
-    needs = ctx.needs_input_grad
-    after = _channel_sum(dy, ctx.like[2]) if needs[4] else None
-    wide, given = dy.to(accumulation_dtype(dy.dtype)), dy.dtype
+    x, z_source, residual, scale, shift, act_weight, residual_scale = ctx.saved_tensors
+    act, number, residual_number = numbers = ctx.static[:3]
+    needs, given = ctx.needs_input_grad, dy.dtype
+    dy = dy.to(accumulation_dtype(given))
+    if dshifted is not None:
+        dy = dy + dshifted
     if ctx.source == "y" or act.name == "identity":
-        dz = wide if ctx.source is None else grad_activate_from_y(wide, z_source, act)  # type: ignore[arg-type]
-        dx = (dz * _over_channels(scale, dz) if scale is not None else dz * number).to(given) if needs[0] else None
-        dscale = None
-        if needs[2]:
-            assert x is not None
-            dscale = _summed((dz * x).flatten(2).sum(2) if x.dim() > 2 else dz * x, ctx.like[0])
-        dresidual = (dz * residual_scale).to(given) if needs[1] else None
-        return dx, dresidual, dscale, _channel_sum(dz, ctx.like[1]) if needs[3] else None, after, None, None
+        dz = dy if ctx.source is None else grad_activate_from_y(dy, z_source, act)
+
+        def scaled(factor: Tensor | None, number: float) -> Tensor:
+            return (dz * number if factor is None else dz * _over_channels(factor, dz)).to(given)
+
+        def against(t: Tensor, like: Any) -> Tensor:
+            return _summed((dz * t).flatten(2).sum(2) if t.dim() > 2 else dz * t, like)
+
+        return (
+            scaled(scale, number) if needs[0] else None,
+            scaled(residual_scale, residual_number) if needs[1] else None,
+            against(x, ctx.like[0]) if needs[2] else None,
+            _channel_sum(dz, ctx.like[1]) if needs[3] else None,
+            None,
+            against(residual, ctx.like[3]) if needs[6] else None,
+        )
     with torch.enable_grad():
-        leaves = [ops.own_node(t, True) for t in (x, z_source, scale, shift, act_weight)]
-        xl, rl, al, bl, wl = leaves
+        leaves = [ops.own_node(t, True) for t in (x, z_source, scale, shift, act_weight, residual_scale)]
+        xl, rl, al, bl, wl, sl = leaves
         assert xl is not None
-        y = _compose(xl, rl, al, bl, None, wl, (act, number, residual_scale))
+        y = activate(_pre_activation(xl, rl, al, bl, sl, numbers), act, wl)
         found = iter(torch.autograd.grad(y, [t for t in leaves if t is not None], dy, create_graph=True, allow_unused=True))
-    dx, dresidual, dscale, dshift, dweight = (None if t is None else next(found) for t in leaves)
-    return dx, dresidual, dscale, dshift, after, dweight, None
+    return tuple(None if t is None else next(found) for t in leaves)

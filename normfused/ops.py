@@ -60,14 +60,19 @@ _library.define(
 )
 _library.define("snapshot(Tensor buffer) -> Tensor")
 _library.define("moments(Tensor x, str backend) -> (Tensor mean, Tensor var)")
-_library.define(f"apply(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor? act_weight, {_ACT}) -> Tensor")
+_library.define(
+    f"apply(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor? act_weight, {_ACT}, Tensor? residual_scale=None,"
+    " Tensor? shift_after=None, bool need_y=True) -> (Tensor y, Tensor shifted)"
+)
 _library.define(
     "grad_moments(Tensor dy, Tensor x, Tensor? z_source, Tensor mean, Tensor scale, Tensor shift, Tensor? act_weight,"
-    f" {_ACT}) -> (Tensor sum_dz, Tensor sum_dz_xc, Tensor dact_weight)"
+    f" {_ACT}, Tensor? residual_scale=None, Tensor? dshifted=None, Tensor? against=None)"
+    " -> (Tensor sum_dz, Tensor sum_dz_xc, Tensor dact_weight)"
 )
 _library.define(
     "grad_apply(Tensor dy, Tensor x, Tensor? z_source, Tensor mean, Tensor scale, Tensor shift, Tensor? act_weight,"
-    f" Tensor dz_scale, Tensor q, Tensor r, {_ACT}, bool need_x, bool need_residual) -> (Tensor dx, Tensor dresidual)"
+    f" Tensor dz_scale, Tensor q, Tensor r, {_ACT}, bool need_x, bool need_residual, Tensor? residual_scale=None, Tensor? dshifted=None)"
+    " -> (Tensor dx, Tensor dresidual)"
 )
 
 
@@ -267,28 +272,54 @@ def _moments(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def _apply(x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None, *static: Any) -> Tensor:
-    *act, backend = static
-    p = _slices(x, *act)
-    y: Tensor = dispatch.load(backend).apply(
-        p, _operand(x, p.layout, backend), _other(residual, p, backend), scale.contiguous(), shift.contiguous(), _flat(act_weight)
-    )
-    return y
+def _check_step(op: str, residual_mode: str | None, residual_scale: Tensor | None, dshifted: Tensor | None = None) -> None:
+    if residual_scale is not None and residual_mode != PRE_ACT:
+        raise ValueError(f"{op}: residual_scale needs residual_mode 'pre_act', got {residual_mode!r}")
+    if residual_scale is not None and residual_scale.numel() != 1:
+        raise ValueError(f"{op}: residual_scale must have one value, got shape {tuple(residual_scale.shape)}")
+    if dshifted is not None and residual_mode == POST_ACT:
+        raise ValueError(f"{op}: dshifted needs residual_mode None or 'pre_act', got {residual_mode!r}")
+
+
+def _one(factor: Tensor | None, p: Problem) -> Tensor | None:
+    return None if factor is None else factor.reshape(1).to(p.accumulate)
+
+
+def _apply(
+    x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None,
+    act: str, p0: float, p1: float, residual_mode: str | None, backend: str,
+    residual_scale: Tensor | None = None, shift_after: Tensor | None = None, need_y: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    _check_step("apply", residual_mode, residual_scale)
+    if not need_y and shift_after is None:
+        raise ValueError("apply: shift_after must be given where y is not needed, got None")
+    p = _slices(x, act, p0, p1, residual_mode)
+    y, shifted = dispatch.load(backend).apply(
+        p, _operand(x, p.layout, backend), _other(residual, p, backend), scale.contiguous(), shift.contiguous(), _flat(act_weight),
+        _one(residual_scale, p), None if shift_after is None else shift_after.contiguous(), need_y,
+    )  # fmt: skip
+    return y, shifted
 
 
 def _grad_moments(
-    dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None, *static: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *act, backend = static
-    p = _slices(x, *act)
+    dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None,
+    act: str, p0: float, p1: float, residual_mode: str | None, backend: str,
+    residual_scale: Tensor | None = None, dshifted: Tensor | None = None, against: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_step("grad_moments", residual_mode, residual_scale, dshifted)
+    p = _slices(x, act, p0, p1, residual_mode)
+    source = _other(z_source, p, backend)
     sum_dz, sum_dz_xc, dact_weight = dispatch.load(backend).grad_moments(
         p,
         _operand(dy, p.layout, backend),
         _operand(x, p.layout, backend),
-        _other(z_source, p, backend),
+        source,
         mean,
         *(t.contiguous() for t in (scale, shift)),
         _flat(act_weight),
+        _one(residual_scale, p),
+        _other(dshifted, p, backend),
+        source if against is z_source else _other(against, p, backend),
     )
     if dact_weight is None or act_weight is None:
         return sum_dz, sum_dz_xc, x.new_empty(0)
@@ -306,10 +337,18 @@ def _grad_apply(
     dz_scale: Tensor,
     q: Tensor,
     r: Tensor,
-    *static: Any,
+    act: str,
+    p0: float,
+    p1: float,
+    residual_mode: str | None,
+    backend: str,
+    need_x: bool,
+    need_residual: bool,
+    residual_scale: Tensor | None = None,
+    dshifted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    *act, backend, need_x, need_residual = static
-    p = _slices(x, *act)
+    _check_step("grad_apply", residual_mode, residual_scale, dshifted)
+    p = _slices(x, act, p0, p1, residual_mode)
     dx, dresidual = dispatch.load(backend).grad_apply(
         p,
         _operand(dy, p.layout, backend),
@@ -320,6 +359,8 @@ def _grad_apply(
         _flat(act_weight),
         *(t.contiguous() for t in (dz_scale, q, r)),
         (need_x, need_residual, False),
+        _one(residual_scale, p),
+        _other(dshifted, p, backend),
     )
     return (
         dx if need_x and dx is not None else x.new_empty(0),
@@ -364,8 +405,12 @@ def _fake_moments(x: Tensor, backend: str) -> Any:
     return x.new_empty(x.shape[:2], dtype=wide), x.new_empty(x.shape[:2], dtype=wide)
 
 
-def _fake_apply(x: Tensor, *rest: Any) -> Tensor:
-    return empty_like(x)
+def _fake_apply(
+    x: Tensor, residual: Any, scale: Any, shift: Any, act_weight: Any, act: str, p0: float, p1: float, residual_mode: str | None,
+    backend: str, residual_scale: Tensor | None = None, shift_after: Tensor | None = None, need_y: bool = True,
+) -> Any:  # fmt: skip
+    _check_step("apply", residual_mode, residual_scale)
+    return empty_like(x) if need_y else x.new_empty(0), x.new_empty(0) if shift_after is None else empty_like(x)
 
 
 def _fake_grad_moments(
@@ -375,8 +420,10 @@ def _fake_grad_moments(
     return torch.empty_like(mean), torch.empty_like(mean), dact_weight
 
 
-def _fake_grad_apply(dy: Any, x: Tensor, *static: Any) -> Any:
-    *_, need_x, need_residual = static
+def _fake_grad_apply(
+    dy: Any, x: Tensor, z_source: Any, mean: Any, scale: Any, shift: Any, act_weight: Any, dz_scale: Any, q: Any, r: Any,
+    act: str, p0: float, p1: float, residual_mode: str | None, backend: str, need_x: bool, need_residual: bool, *step: Any,
+) -> Any:  # fmt: skip
     return empty_like(x) if need_x else x.new_empty(0), empty_like(x) if need_residual else x.new_empty(0)
 
 
@@ -384,7 +431,7 @@ for _name, _real, _fake in (
     ("norm_act", _every_output(_norm_act, 0), _fake_norm_act),
     ("norm_act_backward", _every_output(_norm_act_backward, 2), _fake_norm_act_backward),
     ("moments", _moments, _fake_moments),
-    ("apply", _apply, _fake_apply),
+    ("apply", _every_output(_apply, 0), _fake_apply),
     ("grad_moments", _grad_moments, _fake_grad_moments),
     ("grad_apply", _grad_apply, _fake_grad_apply),
 ):
@@ -416,10 +463,10 @@ def moments(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def apply(x: Tensor, *call: Any) -> Tensor:
-    """y; arguments as in the schema."""
-    y: Tensor = _operator(_apply, _ops.apply, x)(x, *call)
-    return y
+def apply(x: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+    """(y, y + shift_after), None or empty where there is none; arguments as in the schema."""
+    y, shifted = _operator(_apply, _ops.apply, x)(x, *call)
+    return y, shifted
 
 
 def grad_moments(dy: Tensor, x: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -807,7 +854,7 @@ class SliceNormAct(torch.autograd.Function):
         scale, shift = _coefficients(rule, mean, var, parameters)
         if rule.centred:
             shift = torch.addcmul(shift, scale, mean, value=-1)
-        y = apply(x, residual, scale, shift, act_weight, act, p0, p1, residual_mode, backend)
+        y, _ = apply(x, residual, scale, shift, act_weight, act, p0, p1, residual_mode, backend)
         return y, mean, var, scale, shift
 
     @staticmethod

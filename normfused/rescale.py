@@ -76,6 +76,12 @@ class _Act(nn.Module):
         return ", ".join(own)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook waits for the module's own call."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(len(found) > 0 for found in hooks)
+
+
 class InputBias(_Act):
     r"""A bias before the matrix product: :math:`y = \mathrm{act}(x) + b_c - \mu_c`, with :math:`\mu` measured once, in the first batches.
 
@@ -139,14 +145,27 @@ class InputBias(_Act):
         checks.min_dim("InputBias", input, 2)
         checks.channels("InputBias", input, self.num_features)
         wide = accumulation_dtype(input.dtype)
-        if self.training and self._steps < self.batches and input.numel() > 0:
+        if self._measures() and input.numel() > 0:
             mean, share = self._measure(input, wide)
             shift = self.bias.to(wide) * share - mean
         else:
-            shift = self.bias.to(wide) - self.init_mean.to(wide)
+            shift = self._shift(wide)
         act: ActivationLike = "identity" if self.act is None else self.act
         before, after = (shift, None) if self.act_last else (None, shift)
         return affine_act(input, None, before, act=act, shift_after=after, backend=self.backend)
+
+    def _measures(self) -> bool:
+        return self.training and self._steps < self.batches
+
+    def _shift(self, wide: torch.dtype) -> Tensor:
+        return self.bias.to(wide) - self.init_mean.to(wide)
+
+    def next_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """:math:`b - \\mu` (C,), which the operation before may add to its output of type ``dtype`` (`rescaled_residual`), so that this
+        layer need not be called; None where it must be: an activation of its own, the mean still to be measured, or hooks."""
+        if self.act is not None or self._measures() or type(self) is not InputBias or is_watched(self):
+            return None
+        return self._shift(accumulation_dtype(dtype))
 
     @torch.no_grad()
     def _measure(self, input: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -192,7 +211,8 @@ class RescaledResidual(_Act):
         backend, device, dtype: as in `InputBias`.
 
     Shape: ``forward(x, branch)`` with two tensors (N, C, \*) alike. ``forward(x, branch, folded=True)`` takes a branch whose last
-    layer had its weight from `fold`; the activation is then read and written once each, and m is trained through that weight.
+    layer had its weight from `fold`; m is then trained through that weight, which spares the pass over F that its gradient takes.
+    With ``next_bias`` (C,) the pair (y, y + next_bias) is returned (`rescaled_residual`, `InputBias.next_bias`).
     State dict: ``multiplier`` (1,); ``act`` adds its own, if any. It is not to start at zero, and has no weight decay.
 
     Reference: Shao et al., NeurIPS 2020.
@@ -227,11 +247,10 @@ class RescaledResidual(_Act):
         """``weight`` of the branch's last layer, which has no bias, times :math:`m/\\sqrt c`: a factor of few numbers, not of all maps."""
         return weight * (self.multiplier * self.branch_scale).to(weight.dtype)
 
-    def forward(self, input: Tensor, branch: Tensor, *, folded: bool = False) -> Tensor:
+    def forward(self, input: Tensor, branch: Tensor, *, folded: bool = False, next_bias: Tensor | None = None) -> Any:
         beta = None if folded else self.multiplier * self.branch_scale
         act: ActivationLike = "identity" if self.act is None else self.act
-        y: Tensor = rescaled_residual(input, branch, self.alpha, beta, act=act, backend=self.backend)
-        return y
+        return rescaled_residual(input, branch, self.alpha, beta, act=act, next_bias=next_bias, backend=self.backend)
 
     def extra_repr(self) -> str:
         c = () if self.c == self.num_blocks else (f"c={self.c:g}",)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rescale import InputBias, RescaledResidual, normal_init_, rescale_init_
+from .rescale import InputBias, RescaledResidual, is_watched, normal_init_, rescale_init_
 
 __all__ = ["RescaleBlock", "RescaleNet", "rescalenet", "rescalenet18", "rescalenet50", "rescalenet_init_"]
 
@@ -37,6 +37,8 @@ class RescaleBlock(nn.Module):
         backend: None or a backend's name.
 
     Shape: (N, in_channels, H, W) to (N, width * expansion, H / stride, W / stride), rounded up.
+    ``forward(x, biased, next_bias)``, in a chain of blocks: ``biased`` is x + the shift of ``biases[0]``, as the block before returned
+    it with y for ``next_bias`` (C,), that shift. One pass writes both, and one reads both gradients.
     """
 
     def __init__(
@@ -76,12 +78,12 @@ class RescaleBlock(nn.Module):
             self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, bias=False))
         self.residual = RescaledResidual(index, num_blocks, backend=backend)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, biased: Tensor | None = None, next_bias: Tensor | None = None) -> Any:
         branch = x
         last = len(self.convs) - 1
         for i, (bias, conv) in enumerate(zip(self.biases, self.convs, strict=True)):
             assert isinstance(conv, nn.Conv2d)
-            branch = bias(branch)
+            branch = bias(branch) if i or biased is None else biased
             if i < last:
                 branch = conv(branch)
             else:
@@ -91,8 +93,7 @@ class RescaleBlock(nn.Module):
                 branch = F.dropout2d(branch, self.drop, self.training)
         shortcut = self.shortcut(x)
         # under autocast a branch in a half type meets a shortcut that is x itself
-        y: Tensor = self.residual(shortcut, branch.to(shortcut.dtype), folded=True)
-        return y
+        return self.residual(shortcut, branch.to(shortcut.dtype), folded=True, next_bias=next_bias)
 
 
 class RescaleNet(nn.Module):
@@ -139,10 +140,24 @@ class RescaleNet(nn.Module):
         rescalenet_init_(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.bias1(self.conv1(x)))
-        x = self.bias2(self.stages(x)).mean((2, 3))
+        x = self._through_blocks(self.maxpool(self.bias1(self.conv1(x)))).mean((2, 3))
         y: Tensor = self.fc(self.drop(x))
         return y
+
+    def _through_blocks(self, x: Tensor) -> Any:
+        """``bias2(stages(x))``; where nobody waits for the calls between, a block's end also adds the bias that comes next."""
+        stages = [self.stages, *self.stages]
+        blocks = [block for stage in self.stages for block in cast(nn.Sequential, stage)]
+        if any(type(m) is not nn.Sequential or is_watched(m) for m in stages) or any(type(m) is not RescaleBlock for m in blocks):
+            return self.bias2(self.stages(x))
+        biased = None
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            bias = self.bias2 if following is None else cast(InputBias, cast(RescaleBlock, following).biases[0])
+            alone = is_watched(block) or (following is not None and is_watched(following))
+            next_bias = None if alone else bias.next_bias(x.dtype)
+            given = (x,) if biased is None else (x, biased)  # hooks see the one argument
+            x, biased = (block(*given), None) if next_bias is None else block(x, biased, next_bias)
+        return self.bias2(x) if biased is None else biased
 
 
 def rescalenet(

@@ -55,6 +55,8 @@ class Call {
         return here(tensor, name);
     }
 
+    void* residual_scale(const Optional& tensor) const { return tensor ? wide(*tensor, 1, "residual_scale") : nullptr; }
+
     Parameter parameter(const Optional& tensor, const char* name) const {
         if (!tensor) return {};
         const int64_t count = tensor->numel();
@@ -260,27 +262,35 @@ Two moments(const Tensor& x, int64_t code) {
     return {std::move(mean), std::move(var)};
 }
 
-Tensor apply(const Tensor& x, const Optional& residual, const Tensor& scale, const Tensor& shift, const Optional& act_weight, int64_t code,
-             double p0, double p1) {
+Two apply(const Tensor& x, const Optional& residual, const Tensor& scale, const Tensor& shift, const Optional& act_weight,
+          const Optional& residual_scale, const Optional& shift_after, int64_t code, double p0, double p1, bool need_y) {
     Call call("apply", x, code, x.size(1));
     Problem& p = call.problem;
     p.p0 = p0;
     p.p1 = p1;
-    Tensor y = call.new_x();
+    require(need_y || shift_after.has_value(), "apply: shift_after must be given where y is not needed, got none");
+    Tensor y = need_y ? call.new_x() : call.nothing();
+    Tensor shifted = shift_after ? call.new_x() : call.nothing();
     Arguments args;
     args.x = call.like_x(x, "x");
     args.residual = call.like_x(residual, "residual");
     args.scale = call.wide(scale, p.N * p.C, "scale");
     args.shift = call.wide(shift, p.N * p.C, "shift");
     args.act_weight = call.parameter(act_weight, "act_weight");
-    args.y = y.data_ptr();
+    args.residual_scale = call.residual_scale(residual_scale);
+    args.y = need_y ? y.data_ptr() : nullptr;
+    if (shift_after) {
+        args.shift_after = call.wide(*shift_after, p.N * p.C, "shift_after");
+        args.shifted = shifted.data_ptr();
+    }
     call.run(Step::apply, {}, args);
-    return y;
+    return {std::move(y), std::move(shifted)};
 }
 
 // What both gradient steps read
 Arguments gradient_arguments(const Call& call, const Tensor& dy, const Tensor& x, const Optional& residual, const Tensor& mean,
-                             const Tensor& scale, const Tensor& shift, const Optional& act_weight) {
+                             const Tensor& scale, const Tensor& shift, const Optional& act_weight, const Optional& residual_scale,
+                             const Optional& dshifted) {
     const int64_t slices = call.problem.N * call.problem.C;
     Arguments args;
     args.dy = call.like_x(dy, "dy");
@@ -290,15 +300,21 @@ Arguments gradient_arguments(const Call& call, const Tensor& dy, const Tensor& x
     args.scale = call.wide(scale, slices, "scale");
     args.shift = call.wide(shift, slices, "shift");
     args.act_weight = call.parameter(act_weight, "act_weight");
+    args.residual_scale = call.residual_scale(residual_scale);
+    args.dshifted = call.like_x(dshifted, "dshifted");
     return args;
 }
 
 Three grad_moments(const Tensor& dy, const Tensor& x, const Optional& residual, const Tensor& mean, const Tensor& scale,
-                   const Tensor& shift, const Optional& act_weight, int64_t code, double p0, double p1) {
+                   const Tensor& shift, const Optional& act_weight, const Optional& residual_scale, const Optional& dshifted,
+                   const Optional& against, int64_t code, double p0, double p1) {
     Call call("grad_moments", x, code, x.size(1));
     call.problem.p0 = p0;
     call.problem.p1 = p1;
-    Arguments args = gradient_arguments(call, dy, x, residual, mean, scale, shift, act_weight);
+    Arguments args = gradient_arguments(call, dy, x, residual, mean, scale, shift, act_weight, residual_scale, dshifted);
+    args.against = call.like_x(against, "against");
+    require(!args.against || !args.residual || args.against == args.residual,
+            "grad_moments: against must be the residual that z is recomputed from, got another tensor");
     Tensor sum_dz = call.new_slices();
     Tensor sum_dz_xc = call.new_slices();
     args.sum_dz = sum_dz.data_ptr();
@@ -309,14 +325,14 @@ Three grad_moments(const Tensor& dy, const Tensor& x, const Optional& residual, 
 }
 
 Two grad_apply(const Tensor& dy, const Tensor& x, const Optional& residual, const Tensor& mean, const Tensor& scale, const Tensor& shift,
-               const Optional& act_weight, const Tensor& dz_scale, const Tensor& q, const Tensor& r, int64_t code, double p0, double p1,
-               int64_t needs_code) {
+               const Optional& act_weight, const Tensor& dz_scale, const Tensor& q, const Tensor& r, const Optional& residual_scale,
+               const Optional& dshifted, int64_t code, double p0, double p1, int64_t needs_code) {
     Call call("grad_apply", x, code, x.size(1));
     Problem& p = call.problem;
     p.p0 = p0;
     p.p1 = p1;
     const Needs needs{(needs_code & NeedsCode::dx) != 0, (needs_code & NeedsCode::dresidual) != 0, false};
-    Arguments args = gradient_arguments(call, dy, x, residual, mean, scale, shift, act_weight);
+    Arguments args = gradient_arguments(call, dy, x, residual, mean, scale, shift, act_weight, residual_scale, dshifted);
     args.dz_scale = call.wide(dz_scale, p.N * p.C, "dz_scale");
     args.q = call.wide(q, p.N * p.C, "q");
     args.r = call.wide(r, p.N * p.C, "r");
@@ -354,13 +370,16 @@ NF_LIBRARY(NF_NAMESPACE, library) {
         " int needs) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dact_weight, Tensor deps_weight)");
     library.def("moments(Tensor x, int code) -> (Tensor mean, Tensor var)");
     library.def(
-        "apply(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor? act_weight, int code, float p0, float p1) -> Tensor");
+        "apply(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor? act_weight, Tensor? residual_scale, Tensor? shift_after,"
+        " int code, float p0, float p1, bool need_y) -> (Tensor y, Tensor shifted)");
     library.def(
         "grad_moments(Tensor dy, Tensor x, Tensor? residual, Tensor mean, Tensor scale, Tensor shift, Tensor? act_weight,"
-        " int code, float p0, float p1) -> (Tensor sum_dz, Tensor sum_dz_xc, Tensor dact_weight)");
+        " Tensor? residual_scale, Tensor? dshifted, Tensor? against, int code, float p0, float p1)"
+        " -> (Tensor sum_dz, Tensor sum_dz_xc, Tensor dact_weight)");
     library.def(
         "grad_apply(Tensor dy, Tensor x, Tensor? residual, Tensor mean, Tensor scale, Tensor shift, Tensor? act_weight,"
-        " Tensor dz_scale, Tensor q, Tensor r, int code, float p0, float p1, int needs) -> (Tensor dx, Tensor dresidual)");
+        " Tensor dz_scale, Tensor q, Tensor r, Tensor? residual_scale, Tensor? dshifted, int code, float p0, float p1, int needs)"
+        " -> (Tensor dx, Tensor dresidual)");
     library.def("set_spare_processors(int count) -> ()");
 #ifdef NF_EMULATION
     library.def(

@@ -2,6 +2,7 @@
 //
 // Per element a subtraction and one fma beside the activation (a*x + b would lose digits where the mean is large); the coefficients
 // of a vector's channels and sets stay in registers from vector to vector. Reads x [and the residual] once, writes y [and the mask].
+// The step for networks without norms also has a factor of the residual and a second output y + shift_after (StepEpilogue).
 //
 // apply_kernel (two_pass, evaluation, rules written in PyTorch): a slab per block. Its statistics are merged from the partials of
 // moments_kernel by every block that needs them, or settled already, or the running ones; or scale and shift are given per (n, c).
@@ -10,6 +11,11 @@
 #include "owners.cuh"
 
 namespace normfused {
+
+template <class A> NF_DEVICE A load_residual_scale(const Call& call) {
+    const Global<A> factor(const_cast<void*>(call.tensors.residual_scale));
+    return factor ? factor.load_coherent(0) : A(1);
+}
 
 // The numbers that z needs, for the lanes of one vector. Where lanes differ either in both their set and their channel or in neither,
 // weight*rstd is one number; else it is multiplied out for every element, since one factor changes less often than the other.
@@ -150,9 +156,30 @@ NF_DEVICE void saved_statistics(const Call& call, const Slab<T, kWide>& slab, Co
     }
 }
 
-template <class T, bool kWide, bool kRows, int kAct>
+// What follows the affine map in kernels of whole norms ...
+struct NormEpilogue {
+    static constexpr bool shifts = false;
+    template <class A> NF_DEVICE A join(A z, A residual) const { return z + residual; }
+};
+
+// ... and in the kernel of the step, where the residual has a factor and y + shift_after is an output too (or the only one)
+template <class T, bool kWide> struct StepEpilogue {
+    using A = AccumulatorOf<T>;
+    static constexpr bool shifts = true;
+    A residual_scale, shift_after[kWide ? 1 : vector_size<T>];
+
+    NF_DEVICE StepEpilogue(const Call& call, const Slab<T, kWide>& slab) : residual_scale(load_residual_scale<A>(call)) {
+        const Global<A> shifts_after(const_cast<void*>(call.tensors.shift_after));
+        NF_UNROLL
+        for (int j = 0; j < (kWide ? 1 : vector_size<T>); ++j)
+            shift_after[j] = shifts_after && slab.has(j) ? shifts_after.load_coherent(slab.set(call.walk, j)) : A(0);
+    }
+    NF_DEVICE A join(A z, A residual) const { return fma_(residual_scale, residual, z); }
+};
+
+template <class T, bool kWide, bool kRows, int kAct, class Epilogue>
 NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const typename Slab<T, kWide>::Cursor& cursor, const Spot& spot,
-                            Coefficients<T, kWide, kRows>& c, const Vector<T>& x, const Vector<T>& residual) {
+                            Coefficients<T, kWide, kRows>& c, const Epilogue& epilogue, const Vector<T>& x, const Vector<T>& residual) {
     using A = AccumulatorOf<T>;
     constexpr int V = vector_size<T>, P = part_size<T, kAct>;
     const Arguments& t = call.tensors;
@@ -163,7 +190,7 @@ NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const 
         return;
     }
     c.turn_to(call, slab, spot);
-    Vector<T> y;
+    Vector<T> y, shifted;
     unsigned bits = 0;
     NF_UNROLL
     for (int part = 0; part < V; part += P) {
@@ -174,7 +201,7 @@ NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const 
             z[j] = fma_(c.scale(part + j), c.centred(widen(x.data[part + j]), part + j), c.shift[kRows ? 0 : part + j]);
         if (mode == ResidualMode::pre_act) {
             NF_UNROLL
-            for (int j = 0; j < P; ++j) z[j] += widen(residual.data[part + j]);
+            for (int j = 0; j < P; ++j) z[j] = epilogue.join(z[j], widen(residual.data[part + j]));
             if (t.mask) bits |= act.bits(z, weight) << part;
         }
         act.forward(z, weight);
@@ -183,15 +210,25 @@ NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const 
             for (int j = 0; j < P; ++j) z[j] += widen(residual.data[part + j]);
         }
         pack_part<T>(z, part, y);
+        if constexpr (Epilogue::shifts) {
+            if (!t.shifted) continue;
+            NF_UNROLL
+            for (int j = 0; j < P; ++j) z[j] += epilogue.shift_after[kWide ? 0 : part + j];
+            pack_part<T>(z, part, shifted);
+        }
     }
     if (t.mask) Global<uint8_t>(t.mask).store(slab.mask_at(call.walk, cursor), uint8_t(bits));
+    if constexpr (Epilogue::shifts) {
+        if (t.shifted) slab.store(t.shifted, spot, shifted);
+        if (!t.y) return;
+    }
     slab.store(t.y, spot, y, call.streams ? Cache::evict_first : Cache::normal);
 }
 
 // The second pass over a slab, backwards. ``held``: the first pass was in this kernel and left the last batch in registers.
-template <class T, bool kWide, bool kRows, int kAct, int K>
+template <class T, bool kWide, bool kRows, int kAct, int K, class Epilogue>
 NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, bool held, Vector<T> (&batch)[K],
-                          Coefficients<T, kWide, kRows>& c) {
+                          Coefficients<T, kWide, kRows>& c, const Epilogue& epilogue) {
     const Arguments& t = call.tensors;
     const ResidualMode mode = call.problem.residual_mode;
     const bool adds = mode == ResidualMode::pre_act || mode == ResidualMode::post_act;
@@ -207,7 +244,8 @@ NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab, const La
             for (int k = 0; k < K; ++k) residual[k] = slab.load(t.residual, spots[k]);
         }
         NF_UNROLL
-        for (int k = K - 1; k >= 0; --k) apply_vector<T, kWide, kRows, kAct>(call, slab, cursors[k], spots[k], c, batch[k], residual[k]);
+        for (int k = K - 1; k >= 0; --k)
+            apply_vector<T, kWide, kRows, kAct>(call, slab, cursors[k], spots[k], c, epilogue, batch[k], residual[k]);
     };
     NF_NO_UNROLL
     for (int b = landing.last; b >= 0; --b) {
@@ -247,7 +285,8 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
     }
     c.renew(call, slab);
     Vector<T> batch[forward_batch];
-    apply_slab<T, kWide, kRows, kAct>(call, slab, Landing<forward_batch>(call, slab.steps), false, batch, c);
+    const StepEpilogue<T, kWide> epilogue(call, slab);
+    apply_slab<T, kWide, kRows, kAct>(call, slab, Landing<forward_batch>(call, slab.steps), false, batch, c, epilogue);
 }
 
 }  // namespace normfused

@@ -2,7 +2,8 @@
 //
 // grad_apply_kernel (two_pass): a slab per block, whose sums are merged by every block that needs them from what grad_moments_kernel
 // left; or q and r are given per (n, c); or zero, where the statistics were given. Reads dy and x (residual or mask, dh), writes dx
-// (and dresidual). Channels that are sets (batch norm) get their parameters' gradients here, the others in grad_parameters.cuh.
+// (and dresidual); as a step also dshifted, which joins dy, and dresidual has the residual's factor. Channels that are sets (batch norm)
+// get their parameters' gradients here, the others in grad_parameters.cuh.
 #pragma once
 
 #include "grad_moments.cuh"
@@ -117,9 +118,9 @@ NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Su
     }
 }
 
-template <class T, bool kWide, bool kRows, int kAct, int K>
+template <class T, bool kWide, bool kRows, int kAct, class Batch>
 NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, const Spot& spot, Coefficients<T, kWide, kRows>& c,
-                                 const GradientCoefficients<T, kWide>& g, const GradientBatch<T, K>& batch, int k, const Vector<T>& dh) {
+                                 const GradientCoefficients<T, kWide>& g, const Batch& batch, int k, const Vector<T>& dh) {
     using A = AccumulatorOf<T>;
     constexpr int V = vector_size<T>, P = part_size<T, kAct>;
     const Arguments& t = call.tensors;
@@ -129,8 +130,15 @@ NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, c
     NF_UNROLL
     for (int part = 0; part < V; part += P) {
         GradientLanes<A, P> lanes;
-        gradient_lanes<T, kWide, kRows, kAct, K>(call, c, batch, k, part, lanes);
-        pack_part<T>(lanes.dz, part, dresidual);
+        gradient_lanes<T, kWide, kRows, kAct>(call, slab, spot, c, batch, k, part, lanes);
+        if constexpr (Batch::of_step) {
+            A of_residual[P];
+            NF_UNROLL
+            for (int j = 0; j < P; ++j) of_residual[j] = batch.residual_scale * lanes.dz[j];
+            pack_part<T>(of_residual, part, dresidual);
+        } else {
+            pack_part<T>(lanes.dz, part, dresidual);
+        }
         const auto q = [&](int j) { return g.q[kWide ? 0 : part + j]; };
         const auto r = [&](int j) { return g.r[kWide ? 0 : part + j]; };
         if (call.scales_by_q) {
@@ -159,9 +167,9 @@ NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, c
 }
 
 // The second pass of a backward over a slab, backwards
-template <class T, bool kWide, bool kRows, int kAct, int K>
-NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, bool held,
-                               GradientBatch<T, K>& batch, Coefficients<T, kWide, kRows>& c, const GradientCoefficients<T, kWide>& g) {
+template <class T, bool kWide, bool kRows, int kAct, int K, class Batch>
+NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, bool held, Batch& batch,
+                               Coefficients<T, kWide, kRows>& c, const GradientCoefficients<T, kWide>& g) {
     const Arguments& t = call.tensors;
     if (!t.dx && !t.dresidual) return;
     const GradientStash<T, K> stash(call, landing);
@@ -179,7 +187,7 @@ NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, con
             for (int k = 0; k < K; ++k) dh[k] = slab.load(t.dh, spots[k]);
         }
         NF_UNROLL
-        for (int k = K - 1; k >= 0; --k) grad_apply_vector<T, kWide, kRows, kAct, K>(call, slab, spots[k], c, g, batch, k, dh[k]);
+        for (int k = K - 1; k >= 0; --k) grad_apply_vector<T, kWide, kRows, kAct>(call, slab, spots[k], c, g, batch, k, dh[k]);
     };
     NF_NO_UNROLL
     for (int b = landing.last; b >= 0; --b) {
@@ -213,7 +221,7 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
     }
     saved_statistics<T, kWide, kRows>(call, slab, c);
     c.renew(call, slab);
-    GradientBatch<T, gradient_batch> batch;
+    StepBatch<T, gradient_batch> batch(call);
     grad_apply_slab<T, kWide, kRows, kAct>(call, slab, Landing<gradient_batch>(call, slab.steps), false, batch, c, g);
 }
 

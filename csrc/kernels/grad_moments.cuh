@@ -20,8 +20,18 @@ enum : int { sum_dz = 0, sum_dz_xc = 1, sum_act = 2 };
 template <int kAct> constexpr int gradient_sums = kAct == any_act ? 3 : 2;
 
 template <class T, int K> struct GradientBatch {
+    static constexpr bool of_step = false;
     Vector<T> x[K], dy[K], residual[K];
     uint8_t bits[K];
+};
+
+// In the kernels of the steps: the output y + shift_after had a gradient too, and the residual has a factor (StepEpilogue)
+template <class T, int K> struct StepBatch : GradientBatch<T, K> {
+    static constexpr bool of_step = true;
+    Vector<T> dshifted[K];
+    AccumulatorOf<T> residual_scale;
+
+    NF_DEVICE explicit StepBatch(const Call& call) : residual_scale(load_residual_scale<AccumulatorOf<T>>(call)) {}
 };
 
 template <class A, int P> struct GradientLanes {  // of a part of a vector
@@ -33,18 +43,26 @@ template <class A, int P> struct GradientLanes {  // of a part of a vector
 template <int kAct> constexpr bool clears_outside = kAct != any_act;
 
 // Reads a batch; what the call has none of stays as it is and is not used
-template <int kAct, class T, bool kWide, int K> NF_DEVICE void load_gradients(const Call& call, const Slab<T, kWide>& slab,
-                                                                              const typename Slab<T, kWide>::Cursor (&cursors)[K],
-                                                                              const Spot (&spots)[K], GradientBatch<T, K>& batch) {
+template <int kAct, class T, bool kWide, int K, class Batch>
+NF_DEVICE void load_gradients(const Call& call, const Slab<T, kWide>& slab, const typename Slab<T, kWide>::Cursor (&cursors)[K],
+                              const Spot (&spots)[K], Batch& batch) {
     const Arguments& t = call.tensors;
     NF_UNROLL
     for (int k = 0; k < K; ++k) {
         batch.x[k] = slab.template load<false, clears_outside<kAct>>(t.x, spots[k]);
         batch.dy[k] = slab.template load<false, clears_outside<kAct>>(t.dy, spots[k]);
     }
-    if (t.residual) {
+    const void* residual = t.residual;
+    if constexpr (Batch::of_step) {
+        if (t.against) residual = t.against;
+        if (clears_outside<kAct> && t.dshifted) {
+            NF_UNROLL
+            for (int k = 0; k < K; ++k) batch.dshifted[k] = slab.load(t.dshifted, spots[k]);
+        }
+    }
+    if (residual) {
         NF_UNROLL
-        for (int k = 0; k < K; ++k) batch.residual[k] = slab.template load<false, clears_outside<kAct>>(t.residual, spots[k]);
+        for (int k = 0; k < K; ++k) batch.residual[k] = slab.template load<false, clears_outside<kAct>>(residual, spots[k]);
     }
     if (t.mask) {
         NF_UNROLL
@@ -53,9 +71,9 @@ template <int kAct, class T, bool kWide, int K> NF_DEVICE void load_gradients(co
     }
 }
 
-template <class T, bool kWide, bool kRows, int kAct, int K>
-NF_DEVICE void gradient_lanes(const Call& call, const Coefficients<T, kWide, kRows>& c, const GradientBatch<T, K>& batch, int k, int part,
-                              GradientLanes<AccumulatorOf<T>, part_size<T, kAct>>& lanes) {
+template <class T, bool kWide, bool kRows, int kAct, class AnySlab, class Batch>
+NF_DEVICE void gradient_lanes(const Call& call, const AnySlab& slab, const Spot& spot, const Coefficients<T, kWide, kRows>& c,
+                              const Batch& batch, int k, int part, GradientLanes<AccumulatorOf<T>, part_size<T, kAct>>& lanes) {
     using A = AccumulatorOf<T>;
     constexpr int P = part_size<T, kAct>;
     const Activation<kAct, A, P> act(call.problem);
@@ -68,11 +86,28 @@ NF_DEVICE void gradient_lanes(const Call& call, const Coefficients<T, kWide, kRo
         lanes.dact[j] = A(0);
         z[j] = fma_(c.scale(part + j), lanes.xc[j], c.shift[kRows ? 0 : part + j]);
     }
+    if constexpr (Batch::of_step) {
+        if (opaque(int(call.tensors.dshifted != nullptr))) {
+            Pack<T, P> dshifted;
+            if constexpr (clears_outside<kAct>) {
+                NF_UNROLL
+                for (int j = 0; j < P; ++j) dshifted.data[j] = batch.dshifted[k].data[part + j];
+            } else {  // no registers for another vector
+                dshifted = slab.template load_part<P>(call.tensors.dshifted, spot, part);
+            }
+            NF_UNROLL
+            for (int j = 0; j < P; ++j) lanes.dz[j] += widen(dshifted.data[j]);
+        }
+    }
     const int source = opaque(call.tensors.mask ? 2 : call.tensors.residual ? 1 : 0);
     if (source == 2) return act.from_bits(lanes.dz, unsigned(batch.bits[k]) >> part, lanes.dact);
     if (source == 1) {
         NF_UNROLL
-        for (int j = 0; j < P; ++j) z[j] += widen(batch.residual[k].data[part + j]);
+        for (int j = 0; j < P; ++j) {
+            const A residual = widen(batch.residual[k].data[part + j]);
+            if constexpr (Batch::of_step) z[j] = fma_(batch.residual_scale, residual, z[j]);
+            else z[j] += residual;
+        }
     }
     act.backward(lanes.dz, z, weight, lanes.dact);
 }
@@ -221,25 +256,36 @@ template <class T, int K> struct GradientStash {
 };
 
 // Adds the next batch of the walk to the sums
-template <class T, bool kWide, bool kRows, int kAct, int K>
+template <class T, bool kWide, bool kRows, int kAct, int K, class Batch>
 NF_DEVICE void add_gradient_batch(const Call& call, const Slab<T, kWide>& slab, int64_t unit, Coefficients<T, kWide, kRows>& c,
-                                  const typename Slab<T, kWide>::Cursor (&cursors)[K], const Spot (&spots)[K], GradientBatch<T, K>& batch,
+                                  const typename Slab<T, kWide>::Cursor (&cursors)[K], const Spot (&spots)[K], Batch& batch,
                                   Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>],
                                   Sums<AccumulatorOf<T>, gradient_sums<kAct>>& row) {
     using A = AccumulatorOf<T>;
+    constexpr int P = part_size<T, kAct>;
+    const Arguments& t = call.tensors;
     NF_UNROLL
     for (int k = 0; k < K; ++k) {
         if constexpr (kWide && kRows && clears_outside<kAct>) {  // the sums take all lanes
             slab.clear_outside(spots[k], batch.x[k]);
             slab.clear_outside(spots[k], batch.dy[k]);
-            if (call.tensors.residual) slab.clear_outside(spots[k], batch.residual[k]);
+            if (t.residual || (Batch::of_step && t.against)) slab.clear_outside(spots[k], batch.residual[k]);
+            if constexpr (Batch::of_step) {
+                if (t.dshifted) slab.clear_outside(spots[k], batch.dshifted[k]);
+            }
         }
         if (!spots[k].empty()) {
             c.turn_to(call, slab, spots[k]);
             NF_UNROLL
-            for (int part = 0; part < vector_size<T>; part += part_size<T, kAct>) {
-                GradientLanes<A, part_size<T, kAct>> lanes;
-                gradient_lanes<T, kWide, kRows, kAct, K>(call, c, batch, k, part, lanes);
+            for (int part = 0; part < vector_size<T>; part += P) {
+                GradientLanes<A, P> lanes;
+                gradient_lanes<T, kWide, kRows, kAct>(call, slab, spots[k], c, batch, k, part, lanes);
+                if constexpr (Batch::of_step) {
+                    if (opaque(int(t.against != nullptr))) {
+                        NF_UNROLL
+                        for (int j = 0; j < P; ++j) lanes.xc[j] = widen(batch.residual[k].data[part + j]);
+                    }
+                }
                 add_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, c, lanes, part, slab, spots[k], sets, row);
             }
         }
@@ -248,9 +294,9 @@ NF_DEVICE void add_gradient_batch(const Call& call, const Slab<T, kWide>& slab, 
 }
 
 // The first pass of a backward over a slab
-template <class T, bool kWide, bool kRows, int kAct, int K>
+template <class T, bool kWide, bool kRows, int kAct, int K, class Batch>
 NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, int64_t unit,
-                                 Coefficients<T, kWide, kRows>& c, GradientBatch<T, K>& batch,
+                                 Coefficients<T, kWide, kRows>& c, Batch& batch,
                                  Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>]) {
     const GradientStash<T, K> stash(call, landing);
     Sums<AccumulatorOf<T>, gradient_sums<kAct>> row;
@@ -342,7 +388,7 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
     saved_statistics<T, kWide, kRows>(call, slab, c);
     c.renew(call, slab);
     Sums<A, gradient_sums<kAct>> sets[sum_lanes<T, kWide>];
-    GradientBatch<T, gradient_batch> batch;
+    StepBatch<T, gradient_batch> batch(call);
     const Landing<gradient_batch> landing(call, slab.steps);
     collect_gradients<T, kWide, kRows, kAct>(call, slab, landing, block_index(), c, batch, sets);
     if (kWide && !call.walk.one_channel) return;  // the rows' sums are written

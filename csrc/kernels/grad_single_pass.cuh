@@ -72,7 +72,7 @@ template <class T> NF_KERNEL(threads_of<false>) grad_columns_kernel(NF_GRID_CONS
         NF_UNROLL
         for (int part = 0; part < V; part += P) {
             GradientLanes<A, P> lanes;
-            gradient_lanes<T, true, false, any_act, 1>(call, c, batch, 0, part, lanes);
+            gradient_lanes<T, true, false, any_act>(call, slab, spots[0], c, batch, 0, part, lanes);
             NF_UNROLL
             for (int j = 0; j < P; ++j) {
                 Sums<A, 3>& column = columns[part + j];

@@ -36,7 +36,7 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
         }
         finish_sets<T, kWide, kRows>(call, slab, m, false, batches_before, c);
         c.renew(call, slab);
-        apply_slab<T, kWide, kRows, kAct>(call, slab, landing, true, batch, c);
+        apply_slab<T, kWide, kRows, kAct>(call, slab, landing, true, batch, c, NormEpilogue());
     }
     leave_owners(call);
     if (call.problem.scope == Scope::channel && t.counter) {

@@ -197,6 +197,16 @@ template <class T, bool kWide> struct Slab {
         return pack_of<T>(opaque(words));
     }
 
+    // P lanes of it from lane ``part`` on; those outside are zero
+    template <int P> NF_DEVICE Pack<T, P> load_part(const void* tensor, const Spot& s, int part) const {
+        const Global<const T> from = Global<const T>(tensor).advance(corner).advance(s.at);
+        if (s.whole) return from.template load<P>(part);
+        Pack<T, P> v;
+        NF_UNROLL
+        for (int j = 0; j < P; ++j) v.data[j] = part + j >= s.first && part + j < s.last ? from.load(part + j) : narrow<T>(0);
+        return v;
+    }
+
     // The same into shared memory; to be awaited (copy_async_wait) before this thread reads it there
     template <bool kNeighbours = true>
     NF_DEVICE void fetch(const void* tensor, const Spot& s, const Shared<T>& to, int i, Cache cache) const {

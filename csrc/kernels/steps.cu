@@ -88,7 +88,8 @@ Workspace workspace(const Problem& p, Step step, const Needs& needs, const Plan&
 }
 
 bool aligned_16(const Arguments& a) {
-    for (const void* p : {a.x, a.residual, (const void*)a.y, (const void*)a.h, a.dy, a.dh, (const void*)a.dx, (const void*)a.dresidual})
+    for (const void* p : {a.x, a.residual, (const void*)a.y, (const void*)a.h, (const void*)a.shifted, a.dy, a.dh, a.dshifted, a.against,
+                          (const void*)a.dx, (const void*)a.dresidual})
         if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
     return true;
 }
@@ -118,10 +119,18 @@ void declare_all(const Problem& p, Step step, const Arguments& a, size_t scratch
     declare_parameter("r_max", a.r_max, p.C, false);
     declare_parameter("d_max", a.d_max, p.C, false);
     declare("num_batches_tracked", a.counter, 8, true);
-    for (const auto& t :
-         {std::pair<const char*, const void*>{"scale", a.scale}, {"shift", a.shift}, {"dz_scale", a.dz_scale}, {"q", a.q}, {"r", a.r}})
+    for (const auto& t : {std::pair<const char*, const void*>{"scale", a.scale},
+                          {"shift", a.shift},
+                          {"shift_after", a.shift_after},
+                          {"dz_scale", a.dz_scale},
+                          {"q", a.q},
+                          {"r", a.r}})
         declare(t.first, t.second, p.sets() * wide, false);
+    declare("residual_scale", a.residual_scale, wide, false);
+    declare("shifted", a.shifted, bytes, true);
     declare("dy", a.dy, bytes, false);
+    declare("dshifted", a.dshifted, bytes, false);
+    if (a.against != a.residual) declare("against", a.against, bytes, false);
     declare("dh", a.dh, bytes, false);
     declare("dx", a.dx, bytes, true);
     declare("dresidual", a.dresidual, bytes, true);

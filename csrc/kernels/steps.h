@@ -39,14 +39,19 @@ struct Arguments {
     int64_t* counter = nullptr;           // num_batches_tracked
     const void* scale = nullptr;          // Step::apply and on: z = scale*x + shift, accumulator, per (n, c)
     const void* shift = nullptr;
+    const void* residual_scale = nullptr;  // Step::apply and on, pre_act: its factor in z, accumulator, one value; null for 1
+    const void* shift_after = nullptr;     // Step::apply: accumulator, per (n, c)
+    void* shifted = nullptr;               // Step::apply: y + shift_after; y may be null then
     // backward
     const void* dy = nullptr;
     const void* dh = nullptr;
+    const void* dshifted = nullptr;  // Step::grad_moments, grad_apply: joins dy
     void* dx = nullptr;
     void* dresidual = nullptr;
     Parameter dweight, dbias, dact_weight, deps_weight;
     void* sum_dz = nullptr;  // Step::grad_moments: accumulator, per (n, c)
     void* sum_dz_xc = nullptr;
+    const void* against = nullptr;   // Step::grad_moments: sum_dz_xc is of dz*against instead; the residual, where z has one
     const void* dz_scale = nullptr;  // Step::grad_apply: accumulator, per (n, c)
     const void* q = nullptr;
     const void* r = nullptr;

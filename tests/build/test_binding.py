@@ -68,9 +68,9 @@ results["gradients' types"] = [str(t.dtype) for t in gradients]
 slices = torch.zeros(2, 6)
 code = _load.pack_code(problem(x, "sample_group", groups=6))
 results["moments"] = shapes(ops.moments(x, code))
-results["apply"] = shapes([ops.apply(x, None, slices, slices, None, code, 0.0, 0.0)])
-results["grad_moments"] = shapes(ops.grad_moments(x, x, None, slices, slices, slices, torch.ones(6), code, 0.0, 0.0))
-results["grad_apply"] = shapes(ops.grad_apply(x, x, None, slices, slices, slices, None, slices, slices, slices, code, 0.0, 0.0, 2))
+results["apply"] = shapes(ops.apply(x, None, slices, slices, None, None, slices, code, 0.0, 0.0, False))
+results["grad_moments"] = shapes(ops.grad_moments(x, x, None, slices, slices, slices, torch.ones(6), None, x, None, code, 0.0, 0.0))
+results["grad_apply"] = shapes(ops.grad_apply(x, x, None, *[slices] * 3, None, *[slices] * 3, None, None, code, 0.0, 0.0, 2))
 error("dtype", lambda: forward(x.long(), problem(x)))
 error("weight", lambda: forward(x, problem(x), weight=w[:4]))
 error("residual", lambda: forward(x, problem(x), x[:1]))
@@ -99,7 +99,7 @@ def test_outputs(answers):
         "pre_norm": [[2, 6, 3, 5], [2, 15], [2, 15], [2, 6, 3, 5]],
         "gradients": [[2, 6, 3, 5], [0], [6], [0], [1], [0]],
         "moments": [[2, 6], [2, 6]],
-        "apply": [[2, 6, 3, 5]],
+        "apply": [[0], [2, 6, 3, 5]],
         "grad_moments": [[2, 6], [2, 6], [6]],
         "grad_apply": [[0], [2, 6, 3, 5]],
         "sizes": 2 * 10000 + 6 * 100 + 15,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -247,11 +248,29 @@ def test_opcheck_steps(name, mode):
     opcheck(torch.ops.normfused.moments.default, (x, name))
     mean, _ = torch.ops.normfused.moments(x, name)
     opcheck(torch.ops.normfused.apply.default, (x, r if mode else None, scale, shift, slope, *static))
-    source = r if mode else None
-    opcheck(torch.ops.normfused.grad_moments.default, (torch.randn_like(x), x, source, mean, scale, shift, slope, *static))
+    source, factor = (r, torch.rand(1)) if mode else (None, None)
+    for need_y in (True, False):  # with a second output, and with it alone
+        opcheck(torch.ops.normfused.apply.default, (x, source, scale, shift, slope, *static, factor, torch.rand(3, 4), need_y))
+    gradient = (torch.randn_like(x), x, source, mean, scale, shift, slope)
+    opcheck(torch.ops.normfused.grad_moments.default, (*gradient, *static))
+    opcheck(torch.ops.normfused.grad_moments.default, (*gradient, *static, factor, torch.randn_like(x), None if mode else r))
     for needs in ((True, mode is not None), (True, False)):
         last = (scale, torch.rand(3, 4), torch.rand(3, 4), *static, *needs)
-        opcheck(torch.ops.normfused.grad_apply.default, (torch.randn_like(x), x, source, mean, scale, shift, slope, *last))
+        opcheck(torch.ops.normfused.grad_apply.default, (*gradient, *last))
+        opcheck(torch.ops.normfused.grad_apply.default, (*gradient, *last, factor, torch.randn_like(x)))
+    for message, call in (
+        (
+            "residual_scale needs residual_mode 'pre_act', got None",
+            (x, None, scale, shift, slope, "relu", 0.0, 0.0, None, name, scale[0, :1]),
+        ),
+        ("residual_scale must have one value, got shape (3, 4)", (x, r, scale, shift, slope, "relu", 0.0, 0.0, "pre_act", name, scale)),
+        (
+            "shift_after must be given where y is not needed",
+            (x, r, scale, shift, slope, "relu", 0.0, 0.0, "pre_act", name, None, None, False),
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"apply: {message}")):
+            torch.ops.normfused.apply(*call)
 
 
 # ------------------------------------------------------------------------------- what Inductor makes of a decomposed norm

@@ -14,6 +14,7 @@ from normfused.backends import reference
 from normfused.problem import SAMPLE_GROUP
 
 from ..support.cases import TOLERANCE
+from ..support.epilogues import check_epilogue_steps
 from .cases import SMALL, Case, forced
 
 CASES: list[tuple[str, torch.dtype, str, str | None]] = [
@@ -51,8 +52,8 @@ def check_steps(case: Case, limits: tuple[int, int, int, int] | None) -> None:
         mean, var = backend.moments(p, case.x)
         for got, want in zip((mean, var), reference.moments(wide, x), strict=True):
             close(got, want, exact, least=1.0)  # one element has no variance
-        y = backend.apply(p, case.x, case.r, scale, shift, case.aw)
-        y_wide = reference.apply(wide, x, residual_wide, scale.double(), shift.double(), aw)
+        y, _ = backend.apply(p, case.x, case.r, scale, shift, case.aw)
+        y_wide, _ = reference.apply(wide, x, residual_wide, scale.double(), shift.double(), aw)
         close(y, y_wide, TOLERANCE[p.dtype])
         source = case.r if case.residual == "pre_act" and p.act.name != "identity" else None
         source_wide = {None: None, "y": y_wide, "residual": residual_wide}[wide.z_source]
@@ -82,6 +83,31 @@ def test_steps(
     check_steps(
         Case(SAMPLE_GROUP, shape=shape, groups=shape[1], layout=layout, dtype=dtype, act=act, residual=residual, device=device), limits
     )
+
+
+# pairs: every type in both layouts, every kind of instantiation, with and without a residual
+EPILOGUES: list[tuple[str, torch.dtype, str, str | None]] = [
+    ("nchw", torch.float32, "relu", "pre_act"),
+    ("nhwc", torch.float32, "silu", "pre_act"),
+    ("nchw", torch.bfloat16, "identity", "pre_act"),
+    ("nhwc", torch.bfloat16, "leaky_relu", "pre_act"),
+    ("nchw", torch.float16, "silu", "pre_act"),
+    ("nhwc", torch.float16, "prelu", "pre_act"),
+    ("nchw", torch.bfloat16, "tlu", "pre_act"),
+    ("nchw", torch.float64, "mish", "pre_act"),
+    ("nhwc", torch.float64, "relu", None),
+    ("nhwc", torch.bfloat16, "relu", None),
+    ("nchw", torch.float16, "gelu", None),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("layout", "dtype", "act", "residual"), EPILOGUES)
+def test_epilogues(layout: str, dtype: torch.dtype, act: str, residual: str | None, shape: tuple[int, ...], device: torch.device) -> None:
+    """A factor of the residual, a second output, and its gradient."""
+    case = Case(SAMPLE_GROUP, shape=shape, groups=shape[1], layout=layout, dtype=dtype, act=act, residual=residual, device=device)
+    with forced(None, SMALL):
+        check_epilogue_steps(backend, case, keeps_y=False)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])

@@ -437,6 +437,46 @@ def test_steps_read_once(rung: str, layout: str, dtype: torch.dtype, machine: Ma
             check_sectors(m, tensor, "write")
 
 
+@pytest.mark.parametrize("dtype", QUICK_DTYPES)
+@pytest.mark.parametrize("layout", ["nchw", NHWC])
+@pytest.mark.parametrize("rung", ["sectors", "ragged", "odd channels"])
+def test_second_output_takes_no_pass(rung: str, layout: str, dtype: torch.dtype, machine: Machine) -> None:
+    """With a factor of the residual and y + shift_after: 4 tensors forward, 5 backward where y tells the slope; nothing else is touched."""
+    case = make("instance", LADDER[rung], layout, dtype=dtype, act="relu", residual="pre_act")
+    p = case.p
+    scale, shift, after = (torch.randn(p.N, p.C, dtype=p.accumulate) for _ in range(3))
+    factor, zero, one = torch.full((1,), 0.7, dtype=p.accumulate), torch.zeros_like(scale), torch.ones_like(scale)
+    y, _ = backend.apply(p, case.x, case.r, scale, shift, None, factor, after)
+    assert y is not None
+    dshifted = torch.randn_like(y)
+    at_y = (case.dy, y, None, zero, one, zero, None)
+    calls: list[tuple[str, Any, list[str], list[str]]] = [
+        ("apply", lambda: backend.apply(p, case.x, case.r, scale, shift, None, factor, after), ["x", "residual"], ["y", "shifted"]),
+        ("apply", lambda: backend.apply(p, case.x, case.r, scale, shift, None, factor, after, False), ["x", "residual"], ["shifted"]),
+        (
+            "grad_apply",
+            lambda: backend.grad_apply(p, *at_y, scale, zero, zero, (True, True, False), factor, dshifted),
+            ["x", "dy", "dshifted"],
+            ["dx", "dresidual"],
+        ),
+        ("grad_moments", lambda: backend.grad_moments(p, *at_y, factor, dshifted, case.x), ["x", "dy", "dshifted", "against"], []),
+    ]
+    for step, call, reads, writes in calls:
+        with machine.mode(traffic=True), forced(None, SMALL):
+            call()
+            m = Measured(case, plan_of(case, step), machine.counters(), step.startswith("grad"))
+        for tensor in reads:
+            check_once(m, tensor, "read", m.bytes)
+        for tensor in writes:
+            check_once(m, tensor, "write", m.bytes)
+        large = {  # coefficients are read again and again, from cache
+            name
+            for name, found in m.counters["tensors"].items()
+            if max(found["read_distinct"], found["write_distinct"]) * SECTOR >= m.bytes
+        }
+        assert large <= {*reads, *writes}, (step, large)
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("route", ["single_pass", "two_pass"])
 @pytest.mark.parametrize(

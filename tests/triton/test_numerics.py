@@ -126,7 +126,7 @@ def test_activation_element_by_element(name: str, dtype: torch.dtype, device: to
     small = 2e-6 if dtype == torch.float32 else 1e-14
     # 1 + erf and exp(z) of a large z lose digits that nobody misses: of the far tails only the absolute error counts
     absolute = 1e-7 if dtype == torch.float32 else 1e-16
-    y = backend.apply(p, z, None, one, zero, aw)
+    y, _ = backend.apply(p, z, None, one, zero, aw)
     torch.testing.assert_close(y.double(), expected.detach(), rtol=small, atol=absolute)
     dz, _ = backend.grad_apply(p, torch.ones_like(z), z, None, zero, one, zero, aw, one, zero, zero, (True, False, False))
     torch.testing.assert_close(dz.double(), slope, rtol=small, atol=8 * absolute)
@@ -144,7 +144,7 @@ def test_nan_passes_through(name: str, device: torch.device) -> None:
     p = _identity_norm(name, torch.float32, z)
     aw = torch.full((1,), 0.3, device=device) if p.act.takes_weight else None
     one, zero = torch.ones(1, 1, device=device), torch.zeros(1, 1, device=device)
-    y = backend.apply(p, z, None, one, zero, aw)
+    y, _ = backend.apply(p, z, None, one, zero, aw)
     assert torch.isnan(y).flatten().tolist() == [False, True, False, False]
 
 
@@ -156,7 +156,7 @@ def test_storage_rounds_to_nearest_even(dtype: torch.dtype, device: torch.device
     half = z.to(dtype)
     p = _identity_norm("identity", dtype, half)
     scale, zero = torch.full((1, 1), 1.2345, device=device), torch.zeros(1, 1, device=device)
-    y = backend.apply(p, half, None, scale, zero, None)
+    y, _ = backend.apply(p, half, None, scale, zero, None)
     assert torch.equal(y, (half.float() * 1.2345).to(dtype))
 
 

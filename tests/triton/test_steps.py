@@ -12,6 +12,7 @@ from normfused.backends import triton as backend
 from normfused.backends.triton.plan import Limits, forced
 from normfused.problem import SAMPLE_GROUP
 
+from ..support.epilogues import check_epilogue_steps
 from .cases import SMALL, TOLERANCE, Case
 
 CASES = [
@@ -47,8 +48,8 @@ def test_steps(
         mean, var = backend.moments(p, case.x)
         for got, want in zip((mean, var), reference.moments(wide, x), strict=True):
             close(got, want, exact)
-        y = backend.apply(p, case.x, case.r, scale, shift, case.aw)
-        y_wide = reference.apply(wide, x, residual_wide, scale.double(), shift.double(), aw)
+        y, _ = backend.apply(p, case.x, case.r, scale, shift, case.aw)
+        y_wide, _ = reference.apply(wide, x, residual_wide, scale.double(), shift.double(), aw)
         close(y, y_wide, TOLERANCE[dtype])
         source = {None: None, "y": y, "residual": case.r}[p.z_source]
         source_wide = {None: None, "y": y.double(), "residual": residual_wide}[wide.z_source]
@@ -67,3 +68,21 @@ def test_steps(
                 close(got[1], want[1], TOLERANCE[dtype])
             else:
                 assert got[1] is None
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "act", "residual"),
+    [
+        ("nchw", torch.float32, "relu", "pre_act"),
+        ("nhwc", torch.bfloat16, "leaky_relu", "pre_act"),
+        ("nchw", torch.float16, "silu", "pre_act"),
+        ("nhwc", torch.float64, "identity", "pre_act"),
+        ("nchw", torch.bfloat16, "prelu", "pre_act"),
+        ("nhwc", torch.float16, "tlu", None),
+    ],
+)
+def test_epilogues(layout: str, dtype: torch.dtype, act: str, residual: str | None, device: torch.device) -> None:
+    """A factor of the residual, a second output, and its gradient."""
+    case = Case(SAMPLE_GROUP, shape=(2, 6, 9, 4), groups=6, layout=layout, dtype=dtype, act=act, residual=residual, device=device)
+    with forced(limits=SMALL):
+        check_epilogue_steps(backend, case, keeps_y=True)

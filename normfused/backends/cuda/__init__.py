@@ -154,17 +154,23 @@ def moments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None) -> Tensor:
-    y: Tensor = _operators().apply(x, residual, scale, shift, act_weight, _code(p), p.act.p0, p.act.p1)
-    return y
+def apply(
+    p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None,
+    residual_scale: Tensor | None = None, shift_after: Tensor | None = None, need_y: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    y, shifted = _operators().apply(
+        x, residual, scale, shift, act_weight, residual_scale, shift_after, _code(p), p.act.p0, p.act.p1, need_y
+    )
+    return y if need_y else None, None if shift_after is None else shifted
 
 
 def grad_moments(
-    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None,
+    residual_scale: Tensor | None = None, dshifted: Tensor | None = None, against: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     residual = z_source if p.residual_mode == PRE_ACT else None
     sum_dz, sum_dz_xc, dact_weight = _operators().grad_moments(
-        dy, x, residual, mean, scale, shift, act_weight, _code(p), p.act.p0, p.act.p1
+        dy, x, residual, mean, scale, shift, act_weight, residual_scale, dshifted, against, _code(p), p.act.p0, p.act.p1
     )
     return sum_dz, sum_dz_xc, dact_weight if act_weight is not None else None
 
@@ -182,11 +188,13 @@ def grad_apply(
     q: Tensor,
     r: Tensor,
     needs: Needs,
+    residual_scale: Tensor | None = None,
+    dshifted: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     residual = z_source if p.residual_mode == PRE_ACT else None
-    own = p.residual_mode == PRE_ACT and p.act.name != "identity"
+    own = p.residual_mode == PRE_ACT and (p.act.name != "identity" or residual_scale is not None or dshifted is not None)
     dx, dresidual = _operators().grad_apply(
-        dy, x, residual, mean, scale, shift, act_weight, dz_scale, q, r,
+        dy, x, residual, mean, scale, shift, act_weight, dz_scale, q, r, residual_scale, dshifted,
         _code(p), p.act.p0, p.act.p1, _load.pack_needs(needs[0], needs[1] and own, False),
     )  # fmt: skip
-    return dx if needs[0] else None, _residual_gradient(p, dy, dresidual, needs[1])
+    return dx if needs[0] else None, (dresidual if own and needs[1] else _residual_gradient(p, dy, dresidual, needs[1]))

@@ -120,14 +120,25 @@ def moments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
     return _moments.moments(p, x)
 
 
-def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None) -> Tensor:
-    return _apply.apply(p, x, residual, 0.0, over_set(p, scale), over_set(p, shift), act_weight)
+def apply(
+    p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None,
+    residual_scale: Tensor | None = None, shift_after: Tensor | None = None, need_y: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    factor = 1.0 if residual_scale is None else residual_scale
+    y = _apply.activated(p, x, residual, 0.0, over_set(p, scale), over_set(p, shift), act_weight, factor)
+    return like(p, y, x) if need_y else None, None if shift_after is None else like(p, y + over_set(p, shift_after), x)
 
 
 def grad_moments(
-    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    dz, dact_weight = _grad_moments.activation_gradient(p, dy, x, z_source, 0.0, over_set(p, scale), over_set(p, shift), act_weight)
+    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None,
+    residual_scale: Tensor | None = None, dshifted: Tensor | None = None, against: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    factor = 1.0 if residual_scale is None else residual_scale
+    dz, dact_weight = _grad_moments.activation_gradient(
+        p, dy, x, z_source, 0.0, over_set(p, scale), over_set(p, shift), act_weight, factor, dshifted
+    )
+    if against is not None:
+        return (*_grad_moments.grad_moments(p, dz, against, 0.0), dact_weight)
     return (*_grad_moments.grad_moments(p, dz, x, over_set(p, mean)), dact_weight)
 
 
@@ -144,7 +155,10 @@ def grad_apply(
     q: Tensor,
     r: Tensor,
     needs: Needs,
+    residual_scale: Tensor | None = None,
+    dshifted: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    dz, _ = _grad_moments.activation_gradient(p, dy, x, z_source, 0.0, over_set(p, scale), over_set(p, shift), act_weight)
+    factor = 1.0 if residual_scale is None else residual_scale
+    dz, _ = _grad_moments.activation_gradient(p, dy, x, z_source, 0.0, over_set(p, scale), over_set(p, shift), act_weight, factor, dshifted)
     dx = _grad_apply.grad_apply(p, dz, x, over_set(p, mean), over_set(p, dz_scale), over_set(p, q), over_set(p, r))
-    return dx, _residual_gradient(p, dy, dz, x)
+    return dx, _residual_gradient(p, dy, factor * dz, x)

@@ -20,13 +20,16 @@ def activation_gradient(
     scale: Tensor | float,
     shift: Tensor | float,
     act_weight: Tensor | None,
+    residual_scale: Tensor | float = 1.0,
+    dshifted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """dz as (N, C, S) in the accumulation type, and the gradient of act_weight in its shape."""
+    """dz as (N, C, S) in the accumulation type, and the gradient of act_weight in its shape; without ``z_source`` x alone tells z."""
     upstream = ncs(p, dy).to(p.accumulate)
-    if p.z_source == "y":
-        assert z_source is not None
+    if dshifted is not None:
+        upstream = upstream + ncs(p, dshifted).to(p.accumulate)
+    if p.z_source == "y" and z_source is not None:
         return grad_activate_from_y(upstream, ncs(p, z_source).to(p.accumulate), p.act), None
-    z = pre_activation(p, x, z_source, centre, scale, shift)
+    z = pre_activation(p, x, z_source, centre, scale, shift, residual_scale)
     dz, dweight = grad_activate(upstream, z, p.act, act_weight)
     if dweight is None or act_weight is None:
         return dz, None

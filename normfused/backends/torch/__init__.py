@@ -133,10 +133,21 @@ def moments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
     return steps.moments(p, x.to(p.accumulate))
 
 
-def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None) -> Tensor:
+def apply(
+    p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None,
+    residual_scale: Tensor | None = None, shift_after: Tensor | None = None, need_y: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     wide_x, wide_residual = _wide(p, x, residual)
     assert wide_x is not None
-    return steps.apply(p, wide_x, wide_residual, scale, shift, act_weight).to(p.dtype)
+    y = steps.apply(p, wide_x, wide_residual, scale, shift, act_weight, residual_scale)
+    shifted = None if shift_after is None else torch.add(y, steps.over_positions(p, shift_after, x), out=torch.empty_like(y)).to(p.dtype)
+    return y.to(p.dtype) if need_y else None, shifted
+
+
+def _joined(p: Problem, dy: Tensor, dshifted: Tensor | None) -> Tensor:
+    """dy in the accumulation type, with the gradient of the other output."""
+    dy = dy.to(p.accumulate)
+    return dy if dshifted is None else dy + dshifted
 
 
 def activation_gradient(
@@ -148,10 +159,13 @@ def activation_gradient(
 
 
 def grad_moments(
-    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    dy, x, z_source = _wide(p, dy, x, z_source)  # type: ignore[assignment]
-    dz, dact_weight = steps.activation_gradient(p, dy, x, z_source, scale, shift, act_weight)
+    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None,
+    residual_scale: Tensor | None = None, dshifted: Tensor | None = None, against: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    x, z_source, against = _wide(p, x, z_source, against)  # type: ignore[assignment]
+    dz, dact_weight = steps.activation_gradient(p, _joined(p, dy, dshifted), x, z_source, scale, shift, act_weight, residual_scale)
+    if against is not None:
+        x, mean = against, torch.zeros_like(mean)
     return (*steps.grad_moments(p, dz, x, mean), dact_weight)
 
 
@@ -168,12 +182,15 @@ def grad_apply(
     q: Tensor,
     r: Tensor,
     needs: Needs,
+    residual_scale: Tensor | None = None,
+    dshifted: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    dy, x, z_source = _wide(p, dy, x, z_source)  # type: ignore[assignment]
-    dz, _ = steps.activation_gradient(p, dy, x, z_source, scale, shift, act_weight)
+    x, z_source = _wide(p, x, z_source)  # type: ignore[assignment]
+    dz, _ = steps.activation_gradient(p, _joined(p, dy, dshifted), x, z_source, scale, shift, act_weight, residual_scale)
     dx = steps.grad_apply(p, dz, x, mean, dz_scale, q, r) if needs[0] else None
-    dresidual = dz.to(p.dtype) if needs[1] and p.residual_mode == PRE_ACT and p.act.name != "identity" else None
-    return (None if dx is None else dx.to(p.dtype)), dresidual
+    own = p.act.name != "identity" or residual_scale is not None or dshifted is not None
+    dresidual = (dz if residual_scale is None else dz * residual_scale) if needs[1] and p.residual_mode == PRE_ACT and own else None
+    return None if dx is None else dx.to(p.dtype), None if dresidual is None else dresidual.to(p.dtype)
 
 
 __all__ = [

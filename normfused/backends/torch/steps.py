@@ -61,16 +61,21 @@ def over_positions(p: Problem, coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.view(p.N, p.C, *[1] * (x.dim() - 2))
 
 
-def pre_activation(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+def pre_activation(
+    p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, residual_scale: Tensor | None = None
+) -> Tensor:
     """z in new memory of x's layout."""
     z: Tensor = torch.addcmul(over_positions(p, shift, x), x, over_positions(p, scale, x), out=empty_like(x))
     if p.residual_mode == PRE_ACT and residual is not None:
-        z += residual
+        z += residual if residual_scale is None else residual * residual_scale
     return z
 
 
-def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None) -> Tensor:
-    y = activate_(pre_activation(p, x, residual, scale, shift), p.act, act_weight)
+def apply(
+    p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None,
+    residual_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    y = activate_(pre_activation(p, x, residual, scale, shift, residual_scale), p.act, act_weight)
     if p.residual_mode == POST_ACT:
         assert residual is not None
         y += residual
@@ -78,15 +83,15 @@ def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: 
 
 
 def activation_gradient(
-    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """(dz, gradient of act_weight)."""
+    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None,
+    residual_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(dz, gradient of act_weight); without ``z_source`` x alone tells z."""
     if p.act.name == "identity":
         return dy, None
-    if p.z_source == "y":
-        assert z_source is not None
+    if p.z_source == "y" and z_source is not None:
         return grad_activate_from_y(dy, z_source, p.act), None
-    dz, dweight = grad_activate_(dy, pre_activation(p, x, z_source, scale, shift), p.act, act_weight)
+    dz, dweight = grad_activate_(dy, pre_activation(p, x, z_source, scale, shift, residual_scale), p.act, act_weight)
     if dweight is None or act_weight is None:
         return dz, None
     dims = [d for d in range(x.dim()) if d != 1]

@@ -1,8 +1,8 @@
-"""Step 3, forward: z = (x - centre)*scale + shift [+ residual],  y = act(z) [+ residual].
+"""Step 3, forward: z = (x - centre)*scale + shift [+ residual_scale*residual],  y = act(z) [+ residual],  shifted = y + shift_after.
 
 A program owns BC channels and up to TILES tiles; the coefficients of its channels stay in registers. Programs run in the
-reverse order of step 1, whose last tiles still lie in L2. Reads x [and residual], writes y [and the mask]; in evaluation of a batch norm it
-also turns the running statistics into the coefficients. Grid: outer indices x channel blocks x chunks, all on axis 0.
+reverse order of step 1, whose last tiles still lie in L2. Reads x [and residual], writes y [and shifted, the mask]; in evaluation of a
+batch norm it also turns the running statistics into the coefficients. Grid: outer indices x channel blocks x chunks, all on axis 0.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def channel_weight(act_weight, c, known, PER_CHANNEL: tl.constexpr, ACC: tl.cons
 
 @triton.jit
 def apply_kernel(
-    x, residual, y, mask, mean, rstd, weight, bias, act_weight, given_mean, given_var,
+    x, residual, y, mask, mean, rstd, weight, bias, act_weight, given_mean, given_var, residual_scale, shift_after, shifted,
     inner, C, D, S, s_tiles, tiles, chunks,
     SLICES: tl.constexpr, POST: tl.constexpr, EPS: tl.constexpr, GROUP: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
@@ -78,6 +78,8 @@ def apply_kernel(
     else:
         centre, scale, shift = coefficients(mean, rstd, weight, bias, at, c, known, SLICES, ACC)
     aw = channel_weight(act_weight, c, known, ACT_PER_CHANNEL, ACC)[:, None]
+    after = tl.load(shift_after + at, mask=known, other=0.0)[:, None] if shift_after is not None else 0.0
+    factor = tl.load(residual_scale) if residual_scale is not None else 1.0
     offsets = tile_offsets(sC, sS, BC, BS, WIDE)
     for i in range(TILES):
         t = chunk * TILES + i
@@ -87,13 +89,17 @@ def apply_kernel(
         if residual is not None:
             r = get(residual + start + offsets, live, ACC)
             if POST:
-                put(y + start + offsets, activate(z, aw, ACT, P0, P1) + r, live)
+                value = activate(z, aw, ACT, P0, P1) + r
             else:
-                z += r
-                put(y + start + offsets, activate(z, aw, ACT, P0, P1), live)
-                if mask is not None:
-                    at_byte, has = tile_bytes(c0, s0, C, S, sC, sS, t < tiles, NHWC, WIDE, BC, BS, GROUP)
-                    bits = pack(on_first_slope(z, aw, ACT), 0 if NHWC else 1, GROUP)
-                    tl.store(mask + start // GROUP + at_byte, bits, mask=has)
+                z += r if residual_scale is None else r * factor
+                value = activate(z, aw, ACT, P0, P1)
         else:
-            put(y + start + offsets, activate(z, aw, ACT, P0, P1), live)
+            value = activate(z, aw, ACT, P0, P1)
+        if y is not None:
+            put(y + start + offsets, value, live)
+        if shifted is not None:
+            put(shifted + start + offsets, value + after, live)
+        if mask is not None:
+            at_byte, has = tile_bytes(c0, s0, C, S, sC, sS, t < tiles, NHWC, WIDE, BC, BS, GROUP)
+            bits = pack(on_first_slope(z, aw, ACT), 0 if NHWC else 1, GROUP)
+            tl.store(mask + start // GROUP + at_byte, bits, mask=has)

@@ -1,4 +1,4 @@
-"""Step 3, backward: dx = dz_scale*dz + q*(x - centre) + r,  dresidual = dz, with dz recomputed from dy and z.
+"""Step 3, backward: dx = dz_scale*dz + q*(x - centre) + r,  dresidual = dz [*residual_scale], dz from dy [+ dshifted] and z.
 
 A program owns BC channels and up to TILES tiles, in the reverse order of step 1, whose last tiles still lie in L2. Reads x, dy
 [and y or residual], writes dx [and dresidual]. Grid: outer indices x channel blocks x chunks, all on axis 0.
@@ -16,7 +16,7 @@ from .tiles import dense_strides, get, locate, put, tile_offsets, tile_start
 
 @triton.jit
 def grad_apply_kernel(
-    x, dy, source, dx, dresidual, mean, scale_of, weight, shift_of, act_weight, dz_scale_of, q_of, r_of,
+    x, dy, dshifted, source, dx, dresidual, mean, scale_of, weight, shift_of, act_weight, dz_scale_of, q_of, r_of, residual_scale,
     inner, C, D, S, s_tiles, tiles, chunks,
     SLICES: tl.constexpr, SOURCE: tl.constexpr, GROUP: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
@@ -38,6 +38,7 @@ def grad_apply_kernel(
     q = tl.load(q_of + at, mask=known, other=0.0)[:, None] if q_of is not None else 0.0
     r = tl.load(r_of + at, mask=known, other=0.0)[:, None] if r_of is not None else 0.0
     aw = channel_weight(act_weight, c, known, ACT_PER_CHANNEL, ACC)[:, None]
+    factor = tl.load(residual_scale) if residual_scale is not None else None
     offsets = tile_offsets(sC, sS, BC, BS, WIDE)
     for i in range(TILES):
         t = chunk * TILES + i
@@ -47,9 +48,11 @@ def grad_apply_kernel(
         centred = values - centre[:, None]
         z = pre_activation(values, centred, scale[:, None], shift[:, None], SLICES)
         upstream = get(dy + start + offsets, live, ACC)
+        if dshifted is not None:
+            upstream += get(dshifted + start + offsets, live, ACC)
         bit = tile_bits(source, start, c0, s0, C, S, sC, sS, t < tiles, SOURCE, NHWC, WIDE, BC, BS, GROUP)
-        dz, z = activation_gradient(upstream, z, source, start + offsets, live, bit, aw, SOURCE, ACT, P0, P1)
+        dz, z = activation_gradient(upstream, z, source, start + offsets, live, bit, aw, SOURCE, ACT, P0, P1, factor)
         if dx is not None:
             put(dx + start + offsets, dz * dz_scale[:, None] + (q * centred + r), live)
         if dresidual is not None:
-            put(dresidual + start + offsets, dz, live)
+            put(dresidual + start + offsets, dz if factor is None else dz * factor, live)

@@ -18,9 +18,12 @@ from .tiles import dense_strides, get, locate, put, tile_offsets, tile_start
 
 @triton.jit
 def activation_gradient(
-    dy, z, source, at, live, bit, aw, SOURCE: tl.constexpr, ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr
+    dy, z, source, at, live, bit, aw, SOURCE: tl.constexpr, ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, factor=None
 ):  # fmt: skip
-    """(dz, z), where z comes without the residual; ``source`` holds what SOURCE says, or with "mask" ``bit`` does and takes z's place."""
+    """(dz, z), where z comes without the residual; ``source`` holds what SOURCE says, or with "mask" ``bit`` does and takes z's place.
+
+    ``factor``: of a residual, or None.
+    """
     dz = dy
     if SOURCE == "mask":
         dz = grad_activate_from_bit(dy, bit, ACT, P0)
@@ -29,7 +32,8 @@ def activation_gradient(
         dz = grad_activate_from_y(dy, get(source + at, live, dy.dtype), ACT, P0, P1)
     else:
         if SOURCE == "residual":
-            z = z + get(source + at, live, dy.dtype)
+            r = get(source + at, live, dy.dtype)
+            z += r if factor is None else r * factor
         dz = grad_activate(dy, z, aw, ACT, P0, P1)
     return dz, z
 
@@ -49,7 +53,8 @@ def tile_bits(
 
 @triton.jit
 def grad_moments_kernel(
-    x, dy, source, dx, dresidual, part_dz, part_dz_xc, part_act, mean, scale_of, weight, shift_of, act_weight,
+    x, dy, dshifted, source, dx, dresidual, part_dz, part_dz_xc, part_act, mean, scale_of, weight, shift_of, act_weight,
+    residual_scale, against,
     outer, inner, C, D, S, s_tiles, tiles, chunks,
     POSITION: tl.constexpr, SLICES: tl.constexpr, SOURCE: tl.constexpr, GROUP: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr,
@@ -67,6 +72,7 @@ def grad_moments_kernel(
     else:
         at = o.to(tl.int64) * (C // D) + c // D
         centre, scale, shift = coefficients(mean, scale_of, weight, shift_of, at, c, known, SLICES, ACC)
+    factor = tl.load(residual_scale) if residual_scale is not None else None
     sum_dz = tl.zeros([BC, BS], ACC)
     sum_dz_xc = tl.zeros([BC, BS], ACC)
     sum_act = tl.zeros([BC, BS], ACC)
@@ -77,6 +83,8 @@ def grad_moments_kernel(
         live = known[:, None] & here[None, :]
         values = get(x + start + offsets, live, ACC)
         upstream = get(dy + start + offsets, live, ACC)
+        if dshifted is not None:
+            upstream += get(dshifted + start + offsets, live, ACC)
         if POSITION:
             rstd = tl.load(scale_of + n * S + s0 + s, mask=here, other=0.0)[None, :]
             if mean is not None:
@@ -87,7 +95,9 @@ def grad_moments_kernel(
             centred = values - centre[:, None]
             z = pre_activation(values, centred, scale[:, None], shift[:, None], SLICES)
         bit = tile_bits(source, start, c0, s0, C, S, sC, sS, t < tiles, SOURCE, NHWC, WIDE, BC, BS, GROUP)
-        dz, z = activation_gradient(upstream, z, source, start + offsets, live, bit, aw, SOURCE, ACT, P0, P1)
+        dz, z = activation_gradient(upstream, z, source, start + offsets, live, bit, aw, SOURCE, ACT, P0, P1, factor)
+        if against is not None:
+            centred = get(against + start + offsets, live, ACC)
         sum_dz += dz
         sum_dz_xc += dz * centred
         if part_act is not None:

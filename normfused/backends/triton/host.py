@@ -73,10 +73,10 @@ def _merge(names: tuple[str, str], kept: int, summed: int) -> tuple[int, dict[st
     return cdiv(kept, BK), {names[0]: BK, names[1]: BP, "LOOPS": power_of_2(cdiv(summed, BP)), "num_warps": 4}
 
 
-def _source(p: Problem, slices: bool = False) -> dict[str, Any]:
+def _source(p: Problem, source: Tensor | None, slices: bool = False) -> dict[str, Any]:
     """What the backward knows z from, and how many elements a byte of the mask holds."""
     group = 0 if slices else mask_group(p)  # the steps leave no mask
-    return {"SOURCE": "mask" if group else p.z_source or "x", "GROUP": group or 1}
+    return {"SOURCE": "mask" if group else "x" if source is None else p.z_source, "GROUP": group or 1}
 
 
 def _like(p: Problem, x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -177,7 +177,7 @@ def _apply(
     plan: Plan,
     x: Tensor,
     residual: Tensor | None,
-    y: Tensor,
+    y: Tensor | None,
     mask: Tensor | None,
     mean: Tensor | None,
     scale: Tensor,
@@ -186,10 +186,14 @@ def _apply(
     act_weight: Tensor | None,
     slices: bool = False,
     given: tuple[Tensor | None, Tensor | None] = (None, None),
+    residual_scale: Tensor | None = None,
+    shift_after: Tensor | None = None,
+    shifted: Tensor | None = None,
 ) -> None:
     g, t = plan.geometry, plan.stream
     launch(
         apply_kernel, t.programs, x, residual, y, mask, mean, scale, weight, shift, act_weight, *given,
+        residual_scale, shift_after, shifted,
         g.inner, g.C, g.D, *_where(g, t),
         SLICES=slices, POST=p.residual_mode == POST_ACT, EPS=p.eps, GROUP=mask_group(p) or 1,
         **_activation(p, act_weight), **_type(p), **_tiles(g, t),
@@ -357,12 +361,15 @@ def _grad_sums(
     shift: Tensor | None,
     act_weight: Tensor | None,
     slices: bool = False,
+    residual_scale: Tensor | None = None,
+    dshifted: Tensor | None = None,
+    against: Tensor | None = None,
 ) -> None:
     g, t = plan.geometry, plan.stream
     launch(
-        grad_moments_kernel, t.programs, x, dy, source, dx, dresidual, *part, centre, scale, weight, shift, act_weight,
-        g.outer, g.inner, g.C, g.D, *_where(g, t),
-        POSITION=p.scope == POSITION, SLICES=slices, **_source(p, slices),
+        grad_moments_kernel, t.programs, x, dy, dshifted, source, dx, dresidual, *part, centre, scale, weight, shift, act_weight,
+        residual_scale, against, g.outer, g.inner, g.C, g.D, *_where(g, t),
+        POSITION=p.scope == POSITION, SLICES=slices, **_source(p, source, slices),
         **_activation(p, act_weight), **_type(p), **_tiles(g, t),
     )  # fmt: skip
 
@@ -384,14 +391,16 @@ def _grad_output(
     q: Tensor | None,
     r: Tensor | None,
     slices: bool = False,
+    residual_scale: Tensor | None = None,
+    dshifted: Tensor | None = None,
 ) -> None:
     if dx is None and dresidual is None:
         return
     g, t = plan.geometry, plan.stream
     launch(
-        grad_apply_kernel, t.programs, x, dy, source, dx, dresidual, centre, scale, weight, shift, act_weight, dz_scale, q, r,
-        g.inner, g.C, g.D, *_where(g, t),
-        SLICES=slices, **_source(p, slices), **_activation(p, act_weight), **_type(p), **_tiles(g, t),
+        grad_apply_kernel, t.programs, x, dy, dshifted, source, dx, dresidual, centre, scale, weight, shift, act_weight, dz_scale, q, r,
+        residual_scale, g.inner, g.C, g.D, *_where(g, t),
+        SLICES=slices, **_source(p, source, slices), **_activation(p, act_weight), **_type(p), **_tiles(g, t),
     )  # fmt: skip
 
 
@@ -469,7 +478,7 @@ def _grad_single_pass(
     launch(
         grad_single_pass_kernel, t.programs, x, dy, source, dx, dresidual, centre, rstd, weight, bias, act_weight, *part,
         g.D, *_set_strides(g, t), p.count,
-        RULE=p.rule, **_source(p), NHWC=g.nhwc, ROWS_ARE_CHANNELS=by_row,
+        RULE=p.rule, **_source(p, source), NHWC=g.nhwc, ROWS_ARE_CHANNELS=by_row,
         **_activation(p, act_weight), **_type(p), **_sets(g, t),
     )  # fmt: skip
     if wanted.needed and by_row:
@@ -519,24 +528,31 @@ def moments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def apply(p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None) -> Tensor:
-    y = torch.empty_like(x)
+def apply(
+    p: Problem, x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act_weight: Tensor | None,
+    residual_scale: Tensor | None = None, shift_after: Tensor | None = None, need_y: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    y = torch.empty_like(x) if need_y else None
+    shifted = None if shift_after is None else torch.empty_like(x)
     residual = residual if p.residual_mode is not None else None
+    more = {"residual_scale": residual_scale, "shift_after": shift_after, "shifted": shifted}
     with on_device_of(x):
-        _apply(p, plan_for(p), x, residual, y, None, None, scale, None, shift, act_weight, slices=True)
-    return y
+        _apply(p, plan_for(p), x, residual, y, None, None, scale, None, shift, act_weight, slices=True, **more)
+    return y, shifted
 
 
 def grad_moments(
-    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, mean: Tensor, scale: Tensor, shift: Tensor, act_weight: Tensor | None,
+    residual_scale: Tensor | None = None, dshifted: Tensor | None = None, against: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     plan = plan_for(p)
     g, t = plan.geometry, plan.stream
     source = z_source if p.z_source is not None else None
     wanted = _Gradients(p, None, None, act_weight if p.act.takes_weight else None, None, True)
     part = _partials(p, x, wanted, t.chunks, g.outer, g.C)
+    more = {"residual_scale": residual_scale, "dshifted": dshifted, "against": against}
     with on_device_of(x):
-        _grad_sums(p, plan, dy, x, source, None, None, part, mean, scale, None, shift, act_weight, slices=True)
+        _grad_sums(p, plan, dy, x, source, None, None, part, mean, scale, None, shift, act_weight, slices=True, **more)
     sum_dz, sum_dz_xc = (sums.sum(0) if t.chunks > 1 else sums[0] for sums in part[:2])
     if part[2] is None or act_weight is None:
         return sum_dz, sum_dz_xc, None
@@ -557,15 +573,19 @@ def grad_apply(
     q: Tensor,
     r: Tensor,
     needs: Needs,
+    residual_scale: Tensor | None = None,
+    dshifted: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     plan = plan_for(p)
     source = z_source if p.z_source is not None else None
     dx = torch.empty_like(x) if needs[0] else None
     dresidual = None
-    if needs[1] and p.residual_mode == PRE_ACT and p.act.name != "identity":
+    own = p.act.name != "identity" or residual_scale is not None or dshifted is not None
+    if needs[1] and p.residual_mode == PRE_ACT and own:
         dresidual = torch.empty_like(x)
+    more = {"residual_scale": residual_scale, "dshifted": dshifted}
     with on_device_of(x):
-        _grad_output(p, plan, dy, x, source, dx, dresidual, mean, scale, None, shift, act_weight, dz_scale, q, r, slices=True)
+        _grad_output(p, plan, dy, x, source, dx, dresidual, mean, scale, None, shift, act_weight, dz_scale, q, r, slices=True, **more)
     if needs[1] and dresidual is None and p.residual_mode in (PRE_ACT, POST_ACT):
         dresidual = dy
     return dx, dresidual
