@@ -314,7 +314,8 @@ class _Plan:
             own = norm.module._modules.get("act") if norm.conversion.own_act else None
             act, note = "", norm.note
             if norm.fusion is not None:
-                act = str(from_module(norm.fusion.act))
+                # of a norm with two owners (nnU-Net's), one may have proved what the other could not
+                act, note = str(from_module(norm.fusion.act)), ""
             elif getattr(norm.module, "tau", None) is not None:
                 act = "tlu"
             elif own is not None:
