@@ -3,8 +3,9 @@
 A plans file names the layers of every configuration by import path (``norm_op: "torch.nn.modules.instancenorm.InstanceNorm3d"``), and
 nnU-Net imports them. `fuse_plans` writes normfused's in their place; checkpoints stay interchangeable, since no key changes.
 
-    python -m normfused.integrations.nnunet nnUNetPlans.json                                    what it would change
-    python -m normfused.integrations.nnunet nnUNetPlans.json --out nnUNetPlansNormfused.json    then: nnUNetv2_train ... -p nnUNetPlansNormfused
+    python -m normfused.integrations.nnunet nnUNetPlans.json                                    # what it would change
+    python -m normfused.integrations.nnunet nnUNetPlans.json --out nnUNetPlansNormfused.json
+    nnUNetv2_train ... -p nnUNetPlansNormfused
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def fuse_plans(plans: dict[str, Any], *, channels_last: bool = False) -> dict[st
     made = copy.deepcopy(plans)
     architectures = dict(_architectures(made))
     if not architectures:
-        raise ValueError("fuse_plans: a configuration must have an architecture, as plans of nnU-Net 2.4 and later do, got none; plan again")
+        raise ValueError(
+            "fuse_plans: a configuration must have an architecture, as plans of nnU-Net 2.4 and later do, got none; plan again"
+        )
     for where, architecture in architectures.items():
         if _BEFORE in architecture:
             continue
