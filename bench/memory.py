@@ -98,14 +98,11 @@ def column(case: Case, name: str) -> nn.Module | None:
     if name == "memory_efficient":
         if case.norm not in _HAVE_THE_MODE or case.residual is not None:
             return None
-        activation = parse(case.act)
         try:
-            rebuild.check("memory", activation, case.dtype, None)  # type: ignore[arg-type]
+            rebuild.check_activation("memory", parse(case.act), case.dtype)
         except ValueError:
             return None
-        layer = providers.ours("auto")(case)
-        layer.memory_efficient = True  # type: ignore[assignment]
-        return layer
+        return providers.ours("auto", memory_efficient=True)(case)
     backend = name.removeprefix("normfused-")
     switch = {"cuda": "NORMFUSED_EMULATE", "triton": "TRITON_INTERPRET"}.get(backend)
     return None if switch is not None and os.environ.get(switch) != "1" else providers.ours(backend)(case)
