@@ -28,7 +28,7 @@ from normfused.benchmark.cases import Case
 ROOT = Path(__file__).resolve().parents[1]
 TABLE, PAGE = ROOT / "bench" / "results" / "memory.json", ROOT / "docs" / "memory.md"
 _BEGIN, _END = "<!-- python -m bench.memory -->", "<!-- end of bench.memory -->"
-_MAP = (2, 16, 16, 16)
+_MAP = (2, 64, 24, 24)
 PATTERNS: dict[str, Case] = {
     "BN": Case("batch", _MAP),
     "BN + ReLU": Case("batch", _MAP, "relu"),
@@ -36,9 +36,9 @@ PATTERNS: dict[str, Case] = {
     "BN + LeakyReLU": Case("batch", _MAP, "leaky_relu"),
     "BN + SiLU": Case("batch", _MAP, "silu"),
     "GN + SiLU": Case("group", _MAP, "silu", groups=4),
-    "IN + LeakyReLU (3-D)": Case("instance", (2, 16, 8, 8, 8), "leaky_relu"),
+    "IN + LeakyReLU (3-D)": Case("instance", (2, 64, 8, 8, 8), "leaky_relu"),
     "LN over channels + GELU": Case("layer", _MAP, "gelu", dim=1),
-    "RMS norm": Case("rms", (256, 64)),
+    "RMS norm": Case("rms", (256, 256)),
     "FRN + TLU": Case("frn", _MAP, "tlu"),
     "switchable norm + ReLU": Case("switchable", _MAP, "relu"),
     "Batch Renorm + ReLU": Case("batch_renorm", _MAP, "relu"),

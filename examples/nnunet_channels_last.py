@@ -264,9 +264,11 @@ def layout(run: Run) -> str:
 
 
 def table(runs: list[Run], device: torch.device) -> Table:
-    made = Table(title=f"U-Net, InstanceNorm3d + LeakyReLU, {BATCH} patches of {PATCH}^3, {len(runs[0].losses)} steps, {device}")
-    for name in ("layers", "layout", "loss", *(f"Dice {c.split()[0]}" for c in CLASSES[1:]), "step ms", "saved MiB"):
-        made.add_column(name, justify="left" if name in ("layers", "layout") else "right")
+    made = Table(title=f"{BATCH} patches of {PATCH}^3, {len(runs[0].losses)} steps, {device}; Dice of grey and white matter held out")
+    for name in ("layers", "layout"):
+        made.add_column(name, no_wrap=True)
+    for name in ("loss", *(c.split()[0] for c in CLASSES[1:]), "step ms", "saved MiB"):
+        made.add_column(name, justify="right")
     for run in runs:
         last = statistics.mean(run.losses[-10:])
         step = 1e3 * statistics.median(run.times[len(run.times) // 5 :])

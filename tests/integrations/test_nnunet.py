@@ -80,7 +80,7 @@ def check(made: dict[str, Any], channels_last: bool, activated: int) -> None:
     seen: list[bool] = []
 
     def look(layer: nn.Module, given: Any, y: torch.Tensor) -> None:
-        seen.append(all(t.is_contiguous(memory_format=torch.channels_last_3d) for t in (*given, y)))
+        seen.append(all(t.is_contiguous(memory_format=torch.channels_last_3d) for t in (given[0], y)))
 
     # ATen's convolutions on CPU have channels_last in float32 only, and with one thread not of 1x1x1
     units = [m for m in network.modules() if hasattr(m, "norm") and m.conv.kernel_size != (1, 1, 1)]
