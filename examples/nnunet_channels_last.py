@@ -120,7 +120,8 @@ def block(inside: int, outside: int, stride: int = 1) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i in range(2):
         layers += [
-            nn.Conv3d(outside if i else inside, outside, 3, 1 if i else stride, 1),
+            # a bias would be taken off again by the norm: its gradient is rounding and nothing else
+            nn.Conv3d(outside if i else inside, outside, 3, 1 if i else stride, 1, bias=False),
             nn.InstanceNorm3d(outside, affine=True),
             nn.LeakyReLU(0.01, inplace=True),
         ]
