@@ -19,7 +19,7 @@ endif
 PY := $(ENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help env triton toolkit demo family test test-quick test-cuda host-cost bench bench-quick report ratios resources gpu lint format doctor build emulation wheel clean
+.PHONY: help env triton toolkit demo family brain test test-quick test-cuda host-cost bench bench-quick report ratios resources gpu lint format doctor build emulation wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -53,6 +53,14 @@ family: env ## the same ResNet with every norm and with none, at batch sizes 2 a
 	$(call install,demo)
 	@$(GET_DIGITS)
 	$(PY) examples/compare_norms.py --out $(OUT)
+
+# So does the brain, with nilearn
+GET_BRAIN = $(PY) -c "import importlib.util as u, sys; sys.exit(u.find_spec('nilearn') is None)" || $(PY) -m pip install --quiet --no-deps nilearn==0.14.1
+
+brain: env ## a 3-D U-Net as nnU-Net's on a real brain, contiguous and channels_last_3d; table and picture in demo-results/
+	$(call install,demo)
+	@$(GET_BRAIN)
+	$(PY) examples/nnunet_channels_last.py --out $(OUT)
 
 HAS_TOOLKIT := "import sys; from normfused import _build; sys.exit(_build.find_toolkit() is None)"
 toolkit: env

@@ -340,7 +340,9 @@ _LAYERS: dict[str, Callable[[int, int, dict[str, Any]], nn.Module]] = {
 }
 
 
-def ours(backend: str) -> Callable[[Case], nn.Module]:
+def ours(backend: str, **more: Any) -> Callable[[Case], nn.Module]:
+    """The layer that takes the chain's place, on that backend; ``more`` are arguments of its constructor."""
+
     def make(case: Case) -> nn.Module:
         channels, d = case.channels, len(case.shape) - 2
         options: dict[str, Any] = {
@@ -349,6 +351,7 @@ def ours(backend: str) -> Callable[[Case], nn.Module]:
             "residual_mode": case.residual or "pre_act",
             "backend": backend,
             "dtype": case.parameter_dtype,
+            **more,
         }
         if case.norm == "batch":
             return (nf.BatchNormAct1d, nf.BatchNormAct1d, nf.BatchNormAct2d, nf.BatchNormAct3d)[d](channels, **options)

@@ -15,7 +15,7 @@ from .. import dispatch
 from ..activations import ACTIVATIONS, IDENTITY, Activation, from_module
 from ..norms.base import NormActMixin
 from . import guards, source, trace
-from .blocks import known_block
+from .blocks import known_block, residual_block
 from .classes import ALREADY, KINDS, Conversion, class_name, conversion, is_norm
 from .report import FusionReport, Row
 from .source import Fusion
@@ -193,6 +193,7 @@ class _Plan:
         elif isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward:
             self._prove_neighbours(owner)
         elif not isinstance(owner, _CONTAINERS):
+            self._prove_residual_block(owner)
             self._prove_by_code(owner)
 
     def _candidates(self, owner: nn.Module) -> Iterator[tuple[str, _Norm]]:
@@ -256,6 +257,18 @@ class _Plan:
                 candidates[name].note = f"no activation fused: {reason}"
         if reading.methods:
             self.owners[owner] = source.rewritten(type(owner), tuple(sorted(reading.methods.items())))
+
+    def _prove_residual_block(self, owner: nn.Module) -> None:
+        block = residual_block(owner) if self.residual else None
+        if block is None:
+            return
+        unit, fusion, cls = block
+        norm = dict(self._candidates(unit)).get("norm")
+        # its unit has the norm under two names, as itself and in its Sequential
+        alone = len(self.places[unit]) == len(self.places[unit.all_modules]) == 1 and len(self.places[unit.norm]) == 2
+        if norm is not None and alone and self._wanted(from_module(fusion.act)):
+            norm.fusion = fusion
+            self.owners[owner] = cls
 
     def _prove_by_graph(self, owner: nn.Module, whole: nn.Module | None, once: set[nn.Module]) -> None:
         holders = [m for m in owner.modules() if type(m) is nn.Module or m is owner] if whole is not None else [owner]
@@ -321,7 +334,8 @@ class _Plan:
             own = norm.module._modules.get("act") if norm.conversion.own_act else None
             act, note = "", norm.note
             if norm.fusion is not None:
-                act = str(from_module(norm.fusion.act))
+                # of a norm with two owners (nnU-Net's), one may have proved what the other could not
+                act, note = str(from_module(norm.fusion.act)), ""
             elif getattr(norm.module, "tau", None) is not None:
                 act = "tlu"
             elif own is not None:

@@ -109,7 +109,7 @@ def pass_through(original: type) -> type:
 
 
 # activations of other packages that compute what torch's do, by package and name
-_SAME: dict[tuple[str, str], Callable[[nn.Module], nn.Module]] = {
+_SAME: dict[tuple[str, str], Callable[[Any], nn.Module | None]] = {
     ("timm", "GELU"): lambda m: nn.GELU(),
     ("timm", "GELUTanh"): lambda m: nn.GELU("tanh"),
     ("timm", "Sigmoid"): lambda m: nn.Sigmoid(),
@@ -120,6 +120,9 @@ _SAME: dict[tuple[str, str], Callable[[nn.Module], nn.Module]] = {
     ("timm", "HardSigmoid"): lambda m: nn.Hardsigmoid(),
     ("timm", "PReLU"): lambda m: _as_prelu(m),
     ("transformers", "SiLUActivation"): lambda m: nn.SiLU(),
+    ("monai", "Swish"): lambda m: nn.SiLU() if m.alpha == 1 else None,
+    ("monai", "MemoryEfficientSwish"): lambda m: nn.SiLU(),
+    ("monai", "Mish"): lambda m: nn.Mish(),
 }
 
 

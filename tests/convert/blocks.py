@@ -253,21 +253,56 @@ class ADN(nn.Sequential):
 class ConvDropoutNormReLU(nn.Module):
     """dynamic_network_architectures' (nnU-Net): every layer under two names."""
 
-    def __init__(self, channels: int, nonlin_first: bool = False) -> None:
+    def __init__(self, channels: int, nonlin_first: bool = False, nonlin: bool = True) -> None:
         super().__init__()
         ops = []
         self.conv = nn.Conv3d(channels, channels, 3, padding=1)
         ops.append(self.conv)
         self.norm = nn.InstanceNorm3d(channels, affine=True)
         ops.append(self.norm)
-        self.nonlin = nn.LeakyReLU(0.01, inplace=True)
-        ops.append(self.nonlin)
+        if nonlin:
+            self.nonlin = nn.LeakyReLU(0.01, inplace=True)
+            ops.append(self.nonlin)
         if nonlin_first:
             ops[-1], ops[-2] = ops[-2], ops[-1]
         self.all_modules = nn.Sequential(*ops)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.all_modules(x)
+
+
+@of("dynamic_network_architectures.building_blocks.residual")
+class BasicBlockD(nn.Module):
+    """Its last norm is a grandchild, the add and the activation are its own."""
+
+    def __init__(self, channels: int, squeeze_excitation: bool = False) -> None:
+        super().__init__()
+        self.conv1 = ConvDropoutNormReLU(channels)
+        self.conv2 = ConvDropoutNormReLU(channels, nonlin=False)
+        self.nonlin2 = nn.LeakyReLU(0.01, inplace=True)
+        self.skip = ConvDropoutNormReLU(channels, nonlin=False)
+        self.apply_stochastic_depth, self.apply_se = False, squeeze_excitation
+        if squeeze_excitation:
+            self.squeeze_excitation = nn.Conv3d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.skip(x)
+        out = self.conv2(self.conv1(x))
+        if self.apply_se:
+            out = self.squeeze_excitation(out)
+        out += residual
+        y: Tensor = self.nonlin2(out)
+        return y
+
+
+@of("monai.networks.blocks.activation")
+class Swish(nn.Module):
+    def __init__(self, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.alpha * x)
 
 
 # ----------------------------------------------------------------------------------------------------------------- mmcv

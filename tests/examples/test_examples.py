@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
+import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,3 +84,48 @@ def test_spectral_norm_gan(example: Any, digits: Path, tmp_path: Path, capsys: p
     images = 2 * torch.nn.functional.avg_pool2d(example.load_digits(digits, torch.device("cpu"))[0] * 0.3081 + 0.1307, 2) - 1
     _, history, (before, after) = example.train(images.repeat(8, 1, 1, 1), 40, lambda: None)
     assert len(history) == 40 and after < 0.5 * before
+
+
+@pytest.fixture
+def brain(tmp_path: Path) -> Path:
+    """Slabs of other, grey and white matter along x of (32, 64, 32) voxels, in NIfTI's format."""
+    generator = torch.Generator().manual_seed(0)
+    tissue = (torch.arange(32) // 11).view(32, 1, 1).expand(32, 64, 32)
+    volumes = (40 + 80 * tissue + torch.randint(0, 20, tissue.shape, generator=generator), 255 * (tissue == 1), 255 * (tissue == 2))
+    for kind, volume in zip(("t1", "gm", "wm"), volumes, strict=True):
+        header = bytearray(352)
+        struct.pack_into("<8h", header, 40, 3, *volume.shape, 1, 1, 1, 1)
+        struct.pack_into("<2h", header, 70, 2, 8)
+        struct.pack_into("<3f", header, 108, 352, 0.5 if kind == "t1" else 0.0, 1.0 if kind == "t1" else 0.0)
+        header[344:348] = b"n+1\0"
+        voxels = volume.permute(2, 1, 0).reshape(-1).to(torch.uint8).numpy().tobytes()
+        (tmp_path / f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz").write_bytes(gzip.compress(bytes(header) + voxels, 1))
+    return tmp_path
+
+
+@pytest.mark.parametrize("example", ["nnunet_channels_last"], indirect=True)
+def test_nnunet_channels_last(example: Any, brain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The four copies agree and learn; a difference in a gradient would be told."""
+    monkeypatch.setattr(example, "PATCH", 16)
+    t1 = example.read_nifti(example.find_brain(brain)[0])
+    assert t1.shape == (32, 64, 32) and float(t1.min()) == 21 and 65 < float(t1[15].mean()) < 66
+    assert example.main(["--data", str(brain), "--out", str(brain), "--steps", "2"]) == 0
+    assert (brain / "brain.png").stat().st_size > 10_000 and "white matter held out" in " ".join(capsys.readouterr().out.split())
+    runs = example.train(example.load_brain(example.find_brain(brain), torch.device("cpu")), 25, lambda: None)
+    assert [(r.layers, r.channels_last) for r in runs] == [(n, last) for last in (False, True) for n in ("torch.nn", "normfused")]
+    assert not example.disagreements(runs)
+    for run in runs:
+        fused = [m for m in run.model.modules() if isinstance(m, nf.InstanceNormAct3d)]
+        assert len(fused) == (10 if run.layers == "normfused" else 0) and all(m.act is not None for m in fused)
+        assert run.losses[-1] < run.losses[0] - 0.5 and run.saved_bytes > 0
+    runs[1].gradients[0] = runs[1].gradients[0] + 0.01 * max(float(g.abs().max()) for g in runs[1].gradients)
+    assert "gradients of the first batch differ by 1.0e-02" in example.disagreements(runs)[0]
+
+
+@pytest.mark.parametrize("example", ["nnunet_channels_last"], indirect=True)
+def test_the_brain_is_asked_for(example: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(example.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install --no-deps nilearn==0\.14\.1"):
+        example.find_brain(None)
+    with pytest.raises(SystemExit, match="no file .*mni_icbm152_t1"):
+        example.find_brain(tmp_path)
