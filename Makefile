@@ -85,7 +85,7 @@ test-cuda: env toolkit ## the CUDA kernels: emulated on the CPU, then compiled b
 	$(PY) -m normfused build --emulation; \
 	NORMFUSED_EMULATE=1 $(PY) -m pytest tests/cuda $(PARALLEL) -m "$(MARK)"; \
 	NORMFUSED_EMULATE=1 $(PY) -m pytest tests/norms tests/steps tests/contract tests/weights $(PARALLEL) -m "$(MARK)"; \
-	$(PY) -m normfused build --arch "8.0 9.0"
+	$(PY) -m normfused build --check --arch "8.0 9.0"
 
 test-quick: env ## the suite without Triton and benchmarks
 	$(call install,test)

@@ -242,6 +242,20 @@ print(json.dumps(_build.main(["--emulation"])))
     assert (root / "build" / "emulation" / "_ops.so").exists()
 
 
+def test_a_check_keeps_nothing(tmp_path, compiler):
+    if _build.find_toolkit() is None:
+        pytest.skip("no nvcc")
+    root = copy_tree(tmp_path / "tree")
+    done = run(sys.executable, "-m", "normfused", "build", "--check", "--arch", "9.0", cwd=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "compile and link" in done.stdout
+    assert not (root / "normfused" / "_lib").exists()
+    (root / "csrc" / "kernels" / "steps.cu").write_text("this is not C++\n")
+    done = run(sys.executable, "-m", "normfused", "build", "--check", "--arch", "9.0", cwd=root)
+    assert done.returncode == 1
+    assert "compiling failed" in done.stderr
+
+
 @pytest.mark.slow
 def test_editable_install(tmp_path, compiler):
     if _build.find_toolkit() is None:
