@@ -57,6 +57,15 @@ def test_inductor(key, name):
     _compiled_like_eager(LAYERS[key], name, "inductor", torch.contiguous_format)
 
 
+@pytest.mark.skipif(EMULATED, reason="of the torch backend")
+def test_inductor_takes_centred_sums():
+    """Eager mode shields ATen's channels_last kernel from a large mean; in compiled code nobody does."""
+    torch._dynamo.reset()
+    layer, x = nf.GroupNormAct(2, 4), (torch.randn(2, 4, 9, 7) + 1000).to(memory_format=torch.channels_last)
+    want = torch.nn.functional.group_norm(x.double(), 2)
+    assert float((torch.compile(layer, fullgraph=True)(x) - want).abs().max()) < 1e-3
+
+
 def _compiled_like_eager(make, name, compiler, layout):
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -121,11 +121,11 @@ def grouped(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, 
     """Group norm that keeps channels_last.
 
     ATen's CPU kernel for channels_last takes E[x^2] - E[x]^2 and loses everything at a large mean, so it is given x less each set's
-    mean; the norm is the same, and so are its derivatives with that mean held constant.
+    mean; the norm is the same, and so are its derivatives with that mean held constant. Inductor has centred sums of its own.
     """
     if weight is None and bias is not None:  # ATen's backward of a bias alone fails: "tensor does not have a device"
         return affine(grouped(x, groups, None, None, eps), None, bias)
-    if format_of(x) != NHWC:
+    if format_of(x) != NHWC or (torch.compiler.is_compiling() and not compiling.exporting()):
         return torch.group_norm(x, groups, weight, bias, eps, torch.backends.cudnn.enabled)
     centre = x.detach().mean(list(range(2, x.dim())), keepdim=True)
     if groups != x.shape[1]:
