@@ -58,17 +58,9 @@ _HAVE_THE_MODE = ("batch", "instance", "group", "layer", "rms")
 
 def beyond_y(module: nn.Module, x: Tensor, residual: Tensor | None) -> float:
     """Bytes kept beside parameters, buffers and y, over the bytes of x; numbers per channel or set are rounded away."""
-    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    held: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = module(x) if residual is None else module(x, residual)
-    known.add(y.untyped_storage().data_ptr())
-    kept = sum(size for pointer, size in held.items() if pointer not in known)
+    held, y = providers.storages_kept(module, x, residual)
+    held.pop(y.untyped_storage().data_ptr(), None)
+    kept = sum(held.values())
     # half of the smallest thing that counts, a bit an element of float32
     return round(32 * kept / (x.numel() * x.element_size())) / 32
 

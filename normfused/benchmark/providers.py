@@ -490,9 +490,8 @@ def step(module: nn.Module, x: Tensor, residual: Tensor | None, dy: Tensor) -> t
     return heads[0], torch.autograd.grad(heads, wanted, (dy,) * len(heads))
 
 
-def saved_bytes(module: nn.Module, x: Tensor, residual: Tensor | None) -> int:
-    """Bytes autograd keeps from the forward to the backward beside parameters; x, residual and y count."""
-    parameters = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+def storages_kept(module: nn.Module, x: Tensor, residual: Tensor | None) -> tuple[dict[int, int], Any]:
+    """What autograd keeps from the forward to the backward beside parameters and buffers: bytes by address; and the output."""
     held: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -501,5 +500,11 @@ def saved_bytes(module: nn.Module, x: Tensor, residual: Tensor | None) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = module(x) if residual is None else module(x, residual)
-    del out
-    return sum(size for pointer, size in held.items() if pointer not in parameters)
+    for t in (*module.parameters(), *module.buffers()):
+        held.pop(t.untyped_storage().data_ptr(), None)
+    return held, out
+
+
+def saved_bytes(module: nn.Module, x: Tensor, residual: Tensor | None) -> int:
+    """Bytes autograd keeps from the forward to the backward beside parameters; x, residual and y count."""
+    return sum(storages_kept(module, x, residual)[0].values())

@@ -41,7 +41,7 @@ def test_mean_a_thousand_deviations(kind: Kind, form: str, backend: str) -> None
 
 @pytest.mark.parametrize("form", ["contiguous", "channels_last"])
 def test_long_sums_keep_their_digits(form: str, backend: str) -> None:
-    """Half of 2^15 positions are one value, like the background of an image: sums taken one by one are off by 1e-5 of y and 5e-6 of the
+    """Half of 2^15 positions are one value, like the background of an image: sums taken one by one are off by 6e-6 of y and 5e-5 of the
     sum of the terms' sizes. Against the formulas in float64, the sums relative to those sizes."""
     x, dy = data((1, 4, 128, 256), mean=0), data((1, 4, 128, 256), seed=3, mean=0) * 1e-2 + 1e-2
     x[:, :, :64] = x[:, :, :1, :1]
