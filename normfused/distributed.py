@@ -255,7 +255,7 @@ def norm_act(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     counter: Tensor | None,

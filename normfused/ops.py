@@ -24,6 +24,7 @@ from . import compiling, dispatch
 from .activations import Activation, grad_activate_from_y
 from .backends.torch import composite
 from .problem import (
+    BATCH_INSTANCE,
     CHANNEL,
     NHWC,
     POSITION,
@@ -49,14 +50,14 @@ _ACT = "str act, float p0, float p1, str? residual_mode, str backend"
 _STATIC = f"str scope, str rule, int groups, bool batch_statistics, float eps, float? momentum, {_ACT}"
 _library = torch.library.Library("normfused", "DEF")
 _library.define(
-    "norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? act_weight, Tensor? eps_weight,"
+    "norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? act_weight, Tensor? rule_weight,"
     f" Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, {_STATIC},"
     " *, Tensor? r_max=None, Tensor? d_max=None) -> (Tensor y, Tensor mean, Tensor rstd, Tensor h)"
 )
 _library.define(
     "norm_act_backward(Tensor dy, Tensor? dh, Tensor x, Tensor? z_source, Tensor? weight, Tensor? bias, Tensor? act_weight,"
-    f" Tensor? eps_weight, Tensor mean, Tensor rstd, {_STATIC}, bool need_x, bool need_residual, bool need_parameters)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dact_weight, Tensor deps_weight)"
+    f" Tensor? rule_weight, Tensor mean, Tensor rstd, {_STATIC}, bool need_x, bool need_residual, bool need_parameters)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dact_weight, Tensor drule_weight)"
 )
 _library.define("snapshot(Tensor buffer) -> Tensor")
 _library.define("moments(Tensor x, str backend) -> (Tensor mean, Tensor var)")
@@ -140,7 +141,9 @@ def _other(t: Tensor | None, p: Problem, backend: str) -> Tensor | None:
     return None if t is None else _operand(t, p.layout, backend)
 
 
-def _moments_shape(x: Tensor, scope: str, groups: int) -> list[Any]:
+def _moments_shape(x: Tensor, scope: str, rule: str, groups: int) -> list[Any]:
+    if rule == BATCH_INSTANCE:
+        return [1 + x.shape[0], x.shape[1]]
     if scope == CHANNEL:
         return [x.shape[1]]
     if scope == SAMPLE_GROUP:
@@ -158,7 +161,7 @@ def _norm_act(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     counter: Tensor | None,
@@ -167,7 +170,7 @@ def _norm_act(
     d_max: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     p, backend = _problem_of(x, *static[:-1]), static[-1]
-    tensors = (weight, bias, act_weight, eps_weight)
+    tensors = (weight, bias, act_weight, rule_weight)
     x = _operand(x, p.layout, backend)
     buffers = (running_mean, running_var, counter)
     return _run_forward(p, backend, x, _other(residual, p, backend), *tensors, *buffers, bounds=_bounds(r_max, d_max))
@@ -179,12 +182,12 @@ def _bounds(r_max: Tensor | None, d_max: Tensor | None) -> Bounds | None:
 
 def _run_forward(
     p: Problem, backend: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, act_weight: Tensor | None,
-    eps_weight: Tensor | None, *buffers: Tensor | None, bounds: Bounds | None = None,
+    rule_weight: Tensor | None, *buffers: Tensor | None, bounds: Bounds | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """A backend's forward on tensors that it can read."""
     more = {} if bounds is None else {"bounds": bounds}
     found: tuple[Tensor, Tensor, Tensor, Tensor | None] = dispatch.load(backend).norm_act(
-        p, x, residual, _flat(weight), _flat(bias), _flat(act_weight), _flat(eps_weight), *buffers, **more
+        p, x, residual, _flat(weight), _flat(bias), _flat(act_weight), _flat(rule_weight), *buffers, **more
     )
     return found
 
@@ -212,28 +215,28 @@ def _norm_act_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     *static: Any,
 ) -> tuple[Tensor | None, ...]:
     *numbers, backend, need_x, need_residual, need_parameters = static
     p = _problem_of(x, *numbers)
-    tensors = (_operand(x, p.layout, backend), _other(z_source, p, backend), weight, bias, act_weight, eps_weight, mean, rstd)
+    tensors = (_operand(x, p.layout, backend), _other(z_source, p, backend), weight, bias, act_weight, rule_weight, mean, rstd)
     return _run_backward(p, backend, dy, dh, *tensors, (need_x, need_residual, need_parameters))
 
 
 def _run_backward(
     p: Problem, backend: str, dy: Tensor, dh: Tensor | None, x: Tensor, z_source: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, act_weight: Tensor | None, eps_weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: tuple[bool, bool, bool],
+    bias: Tensor | None, act_weight: Tensor | None, rule_weight: Tensor | None, mean: Tensor, rstd: Tensor, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """A backend's backward for an x and a z_source that it can read.
 
     None for what is not needed; gradients of parameters in the parameters' shapes.
     """
-    dx, dresidual, dweight, dbias, dact_weight, deps_weight = dispatch.load(backend).norm_act_backward(
+    dx, dresidual, dweight, dbias, dact_weight, drule_weight = dispatch.load(backend).norm_act_backward(
         p, _operand(dy, p.layout, backend), _other(dh, p, backend), x, z_source,
-        _flat(weight), _flat(bias), _flat(act_weight), _flat(eps_weight), mean, rstd, needs,
+        _flat(weight), _flat(bias), _flat(act_weight), _flat(rule_weight), mean, rstd, needs,
     )  # fmt: skip
     if not needs[2]:
         return dx if needs[0] else None, dresidual if needs[1] else None, None, None, None, None
@@ -243,7 +246,7 @@ def _run_backward(
         None if weight is None else _shaped(dweight, weight),
         None if bias is None else _shaped(dbias, bias),
         None if act_weight is None else _shaped(dact_weight, act_weight),
-        None if eps_weight is None else _shaped(deps_weight, eps_weight),
+        None if rule_weight is None else _shaped(drule_weight, rule_weight),
     )
 
 
@@ -370,12 +373,12 @@ def _grad_apply(
 
 # ------------------------------------------------------------------------------------------------- fake kernels
 def _fake_norm_act(
-    x: Tensor, residual: Any, weight: Any, bias: Any, act_weight: Any, eps_weight: Any, rm: Any, rv: Any, nbt: Any, *static: Any,
+    x: Tensor, residual: Any, weight: Any, bias: Any, act_weight: Any, rule_weight: Any, rm: Any, rv: Any, nbt: Any, *static: Any,
     r_max: Any = None, d_max: Any = None,
 ) -> Any:  # fmt: skip
     scope, rule, groups, residual_mode = static[0], static[1], static[2], static[-2]
     *numbers, backend = static
-    shape, wide = _moments_shape(x, scope, groups), accumulation_dtype(x.dtype)
+    shape, wide = _moments_shape(x, scope, rule, groups), accumulation_dtype(x.dtype)
     mean = x.new_empty([0] if rule == RMS else shape, dtype=wide)
     h = empty_like(x) if residual_mode == PRE_NORM else x.new_empty(0)
     p = _problem(x, *numbers)
@@ -385,7 +388,7 @@ def _fake_norm_act(
 
 
 def _fake_norm_act_backward(
-    dy: Any, dh: Any, x: Tensor, z_source: Any, weight: Any, bias: Any, act_weight: Any, eps_weight: Any, mean: Any, rstd: Any, *static: Any
+    dy: Any, dh: Any, x: Tensor, z_source: Any, weight: Any, bias: Any, act_weight: Any, rule_weight: Any, mean: Any, rstd: Any, *static: Any
 ) -> Any:
     *_, need_x, need_residual, need_parameters = static
     empty = x.new_empty(0)
@@ -396,7 +399,7 @@ def _fake_norm_act_backward(
     return (
         empty_like(x) if need_x else empty,
         empty_like(x) if need_residual else x.new_empty(0),
-        *(parameter(t) for t in (weight, bias, act_weight, eps_weight)),
+        *(parameter(t) for t in (weight, bias, act_weight, rule_weight)),
     )
 
 
@@ -502,7 +505,7 @@ class NormAct(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         act_weight: Tensor | None,
-        eps_weight: Tensor | None,
+        rule_weight: Tensor | None,
         running_mean: Tensor | None,
         running_var: Tensor | None,
         counter: Tensor | None,
@@ -511,7 +514,7 @@ class NormAct(torch.autograd.Function):
         static: tuple[Any, ...],
         p: Problem | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        call = (x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter)
+        call = (x, residual, weight, bias, act_weight, rule_weight, running_mean, running_var, counter)
         if _recomputes(x, static[-1]):
             return _forward_recomputed(*call, *static)
         if p is not None:
@@ -521,7 +524,7 @@ class NormAct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, residual, weight, bias, act_weight, eps_weight, _, _, _, _, _, static, p = inputs
+        x, residual, weight, bias, act_weight, rule_weight, _, _, _, _, _, static, p = inputs
         y, mean, rstd, h = output
         residual_mode, backend = static[9:]
         z_source = None
@@ -531,13 +534,13 @@ class NormAct(torch.autograd.Function):
         ctx.static, ctx.p = static, p
         ctx.recomputes = _recomputes(x, backend)  # compiled autograd may run an eager forward's backward
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h if residual_mode == PRE_NORM else x, z_source, weight, bias, act_weight, eps_weight, mean, rstd)
+        ctx.save_for_backward(h if residual_mode == PRE_NORM else x, z_source, weight, bias, act_weight, rule_weight, mean, rstd)
         ctx.mark_non_differentiable(*((mean, rstd) if residual_mode == PRE_NORM or h is None else (mean, rstd, h)))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         dy, _, _, dh = upstream
-        x, z_source, weight, bias, act_weight, eps_weight, mean, rstd = ctx.saved_tensors
+        x, z_source, weight, bias, act_weight, rule_weight, mean, rstd = ctx.saved_tensors
         static, p = ctx.static, ctx.p
         residual_mode = static[9]
         needs = ctx.needs_input_grad
@@ -547,12 +550,12 @@ class NormAct(torch.autograd.Function):
         if dy is None:  # only h, or nothing, was used
             return (dh, dh, None, None, None, None, *none)
         if (torch.is_grad_enabled() and not torch.compiler.is_compiling()) or ctx.recomputes:
-            return (*differentiable_backward(dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, static, needs), *none)
+            return (*differentiable_backward(dy, dh, x, z_source, weight, bias, act_weight, rule_weight, mean, rstd, static, needs), *none)
         dresidual = None
         own_residual = residual_mode == PRE_ACT and needs[1]
         if residual_mode == POST_ACT or (own_residual and static[6] == "identity"):
             dresidual, own_residual = dy, False
-        call = (dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd)
+        call = (dy, dh, x, z_source, weight, bias, act_weight, rule_weight, mean, rstd)
         wanted = needs[0] or (residual_mode == PRE_NORM and needs[1]), own_residual, True in needs[2:6]
         if p is not None:
             dx, dz, *parameters = _run_backward(p, static[-1], *call, wanted)
@@ -563,7 +566,7 @@ class NormAct(torch.autograd.Function):
         elif residual_mode == PRE_NORM:
             dresidual = dx
         if p is None:  # the operator's absent outputs are empty
-            of = (weight, bias, act_weight, eps_weight)
+            of = (weight, bias, act_weight, rule_weight)
             parameters = [_none_if_empty(g, t) for g, t in zip(parameters, of, strict=True)]
         return (dx, dresidual, *parameters, *none)
 
@@ -574,10 +577,10 @@ def _recomputes(x: Tensor, backend: str) -> bool:
 
 
 def _forward_recomputed(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weight, bias, act_weight, eps_weight, running_mean, running_var, counter, *static = rest
+    weight, bias, act_weight, rule_weight, running_mean, running_var, counter, *static = rest
     scope, rule, groups, batch_statistics, eps, momentum, act, p0, p1, residual_mode, _ = static
     y, h = composite.norm_act(
-        x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
+        x, residual, weight, bias, act_weight, rule_weight, running_mean, running_var, counter,
         scope, rule, groups, batch_statistics, eps, momentum, Activation(act, p0, p1), residual_mode,
     )  # fmt: skip
     empty = x.new_empty(0)
@@ -602,7 +605,7 @@ def differentiable_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     static: Sequence[Any],
@@ -623,7 +626,7 @@ def differentiable_backward(
             upstream = grad_activate_from_y(upstream, z_source, act)
         elif source == "mask":  # the slope of a straight piece; it has no derivative of its own
             with torch.no_grad():
-                call = (torch.ones_like(x), dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, *static, False, True, False)
+                call = (torch.ones_like(x), dh, x, z_source, weight, bias, act_weight, rule_weight, mean, rstd, *static, False, True, False)
                 slope = _norm_act_backward(*call)[1]
                 assert slope is not None
                 slope = slope.to(wide)
@@ -635,13 +638,18 @@ def differentiable_backward(
         dresidual, act, epilogue_mode = upstream.to(storage), Activation("identity"), None
     elif residual_mode != PRE_ACT:
         epilogue_mode = None
-    inputs: list[Tensor | None] = [x, z_source if epilogue_mode == PRE_ACT else None, weight, bias, act_weight, eps_weight]
+    inputs: list[Tensor | None] = [x, z_source if epilogue_mode == PRE_ACT else None, weight, bias, act_weight, rule_weight]
     with torch.enable_grad():
         leaves = [own_node(t, create_graph) for t in inputs]
         xl, rl, wl, bl, al, el = leaves
         assert xl is not None
         xw = xl.to(wide)  # its gradient is taken, so that dh joins it before the one rounding
-        if batch_statistics:
+        if rule == BATCH_INSTANCE:
+            assert el is not None
+            given = None if batch_statistics else (mean[0], rstd[0])
+            z = composite.batch_instance(xw, el.to(wide), wl, bl, given, eps)
+            y = composite.activate_add(z, rl, act, al, epilogue_mode)
+        elif batch_statistics:
             if rule == RENORM:  # r and d are constants
                 wl, bl = composite.renormed(rstd, wl, bl)
             y, _ = composite.norm_act(
@@ -705,7 +713,7 @@ def norm_act(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     counter: Tensor | None,
@@ -731,7 +739,7 @@ def norm_act(
     if trace is not None:
         trace.append((name, path(x, name, scope, rule, groups), scope, rule, act, residual_mode, None))
     if x.numel() == 0:
-        return _empty_batch(x, residual, weight, bias, act_weight, eps_weight, counter, batch_statistics, act, residual_mode)
+        return _empty_batch(x, residual, weight, bias, act_weight, rule_weight, counter, batch_statistics, act, residual_mode)
     if path(x, name, scope, rule, groups) == "composite":
         if normalized_shape is not None and act_weight is not None and act_weight.numel() > 1:
             act_weight = act_weight.view(*[1] * (x.dim() - len(normalized_shape)), *normalized_shape)  # along the normalized elements
@@ -744,7 +752,7 @@ def norm_act(
         if not (batch_statistics or running_mean is None or running_var is None or see_through()) and torch.is_grad_enabled():
             running_mean, running_var = snapshot(running_mean), snapshot(running_var)  # a training forward may come before the backward
         return composite.norm_act(
-            x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
+            x, residual, weight, bias, act_weight, rule_weight, running_mean, running_var, counter,
             scope, rule, groups, batch_statistics, eps, momentum, act, residual_mode, eager, normalized_shape,
         )  # fmt: skip
     if not batch_statistics and running_mean is None:  # an affine map: the kernels have it as the norm of mean 0 and variance 1
@@ -763,7 +771,7 @@ def norm_act(
     if trace is not None:
         trace[-1] = (*trace[-1][:-1], p)
     y, _, _, h = apply_function(
-        NormAct, x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, *(bounds or (None, None)), static, p
+        NormAct, x, residual, weight, bias, act_weight, rule_weight, running_mean, running_var, counter, *(bounds or (None, None)), static, p
     )  # fmt: skip
     if normalized_shape is not None:
         y = y.view(full)
@@ -808,7 +816,7 @@ def _empty_batch(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     counter: Tensor | None,
     batch_statistics: bool,
     act: Activation,
@@ -819,7 +827,7 @@ def _empty_batch(
         counter.add_(1)
     y = x + residual if residual is not None else x.clone()
     h = y if residual_mode == PRE_NORM else None
-    for parameter in (weight, bias, act_weight, eps_weight):
+    for parameter in (weight, bias, act_weight, rule_weight):
         if parameter is not None:
             y = y + (parameter.sum() * 0).to(y.dtype)
     return y, h

@@ -24,7 +24,8 @@ from .activations import IDENTITY, Activation
 __all__ = ["Problem", "accumulation_dtype", "dense", "empty_like", "format_of", "layout_of"]
 
 CHANNEL, SAMPLE_GROUP, POSITION = "channel", "sample_group", "position"
-STANDARD, RMS, MEAN_ONLY, RENORM = "standard", "rms", "mean_only", "renorm"  # backends/reference/rules; the last two of scope channel
+STANDARD, RMS, MEAN_ONLY, RENORM, BATCH_INSTANCE = "standard", "rms", "mean_only", "renorm", "batch_instance"  # backends/reference/rules
+# the last three of scope channel
 NCHW, NHWC = "nchw", "nhwc"
 PRE_ACT, POST_ACT, PRE_NORM = "pre_act", "post_act", "pre_norm"
 
@@ -108,6 +109,9 @@ class Problem:
 
     @property
     def moments_shape(self) -> tuple[int, ...]:
+        """Of mean and rstd; of the batch_instance rule the batch's come first, then those of every sample."""
+        if self.rule == BATCH_INSTANCE:
+            return (1 + self.N, self.C)
         if self.scope == CHANNEL:
             return (self.C,)
         if self.scope == SAMPLE_GROUP:

@@ -14,7 +14,7 @@ namespace normfused {
 //  bit 5    unused
 //  bit 6-7  residual_mode      0 none, 1 pre_act, 2 post_act, 3 pre_norm
 //  bit 8-13 act                its place in ACTIVATIONS
-//  bit 14-15 rule             0 standard, 1 rms, 2 mean_only, 3 renorm
+//  bit 14-16 rule             0 standard, 1 rms, 2 mean_only, 3 renorm, 4 batch_instance
 inline void unpack(int64_t code, Problem& problem) {
     problem.scope = static_cast<Scope>(code & 3);
     problem.layout = static_cast<Layout>(code >> 2 & 1);
@@ -22,7 +22,7 @@ inline void unpack(int64_t code, Problem& problem) {
     problem.cumulative = code >> 4 & 1;
     problem.residual_mode = static_cast<ResidualMode>(code >> 6 & 3);
     problem.act = static_cast<Act>(code >> 8 & 63);
-    problem.rule = static_cast<Rule>(code >> 14 & 3);
+    problem.rule = static_cast<Rule>(code >> 14 & 7);
 }
 
 // What a backward must compute, as the operators take it.
@@ -32,7 +32,8 @@ struct NeedsCode {
 };
 
 constexpr bool is_code(int64_t code) {
-    return code >= 0 && code >> 16 == 0 && (code & 3) <= static_cast<int64_t>(Scope::position) &&
+    return code >= 0 && code >> 17 == 0 && (code & 3) <= static_cast<int64_t>(Scope::position) &&
+           (code >> 14 & 7) <= static_cast<int64_t>(Rule::batch_instance) &&
            (code >> 8 & 63) <= static_cast<int64_t>(Act::tlu);
 }
 

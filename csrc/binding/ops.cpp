@@ -103,7 +103,8 @@ class Call {
         return two(sizes[0], sizes[1]);
     }
     Tensor new_slices() const { return two(problem.N, problem.C); }
-    Tensor new_renorm() const { return two(problem.saved_per_set(), problem.C); }
+    Tensor new_means() const { return problem.rule == Rule::batch_instance ? two(1 + problem.N, problem.C) : new_moments(); }
+    Tensor new_rstds() const { return problem.rule == Rule::renorm ? two(3, problem.C) : new_means(); }
 
     // A gradient of the parameter's shape and type, and where the kernels write it
     Tensor new_gradient(const Optional& parameter, bool needed, Parameter& gradient, const char* name) const {
@@ -120,7 +121,8 @@ class Call {
         return made;
     }
 
-    void run(Step step, const Needs& needs, Arguments& args) {
+    // false: no plan takes the call, and nothing was done. Only batch-instance norm has another way: the steps
+    bool run(Step step, const Needs& needs, Arguments& args) {
         std::optional<torch::stable::accelerator::DeviceGuard> guard;
         if (!is_current(place_.index)) guard.emplace(place_.index);
         int status = ok;
@@ -139,7 +141,9 @@ class Call {
             args.scratch = scratch->data_ptr();
         }
         status = normfused::run(problem, step, needs, limits, args, stream);
+        if (status == not_supported && problem.rule == Rule::batch_instance) return false;
         require(status == ok, op_, ": ", error_string(status));
+        return true;
     }
 
    private:
@@ -177,7 +181,7 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Four norm_act(const Tensor& x, const Optional& residual, const Optional& weight, const Optional& bias, const Optional& act_weight,
-              const Optional& eps_weight, const Optional& running_mean, const Optional& running_var, const Optional& num_batches_tracked,
+              const Optional& rule_weight, const Optional& running_mean, const Optional& running_var, const Optional& num_batches_tracked,
               int64_t code, int64_t groups, double eps, double momentum, double p0, double p1, const Optional& r_max, const Optional& d_max) {
     Call call("norm_act", x, code, groups);
     Problem& p = call.problem;
@@ -187,11 +191,12 @@ Four norm_act(const Tensor& x, const Optional& residual, const Optional& weight,
     p.p1 = p1;
     const bool has_mean = p.centred() || !p.batch_statistics;
     Tensor y = call.new_x();
-    Tensor mean = has_mean ? call.new_moments() : call.flat(0, p.type == Type::float64 ? torch_dtype(p.type) : torch_dtype(Type::float32));
-    Tensor rstd = p.rule == Rule::renorm ? call.new_renorm() : call.new_moments();
-    require(p.scope == Scope::channel || p.rule <= Rule::rms, "norm_act: rules mean_only and renorm are of scope channel");
+    Tensor mean = has_mean ? call.new_means() : call.flat(0, p.type == Type::float64 ? torch_dtype(p.type) : torch_dtype(Type::float32));
+    Tensor rstd = call.new_rstds();
+    require(p.scope == Scope::channel || p.rule <= Rule::rms, "norm_act: rules mean_only, renorm and batch_instance are of scope channel");
     require(p.rule != Rule::renorm || (running_mean && running_var && r_max && d_max && p.batch_statistics),
             "norm_act: rule renorm needs running statistics, r_max, d_max and the statistics of the batch");
+    require(p.rule != Rule::batch_instance || rule_weight, "norm_act: rule batch_instance needs a gate (rule_weight)");
     const bool pre_norm = p.residual_mode == ResidualMode::pre_norm;
     Tensor extra = pre_norm ? call.new_x() : p.masked() ? call.new_mask() : call.nothing();
     Arguments args;
@@ -205,18 +210,18 @@ Four norm_act(const Tensor& x, const Optional& residual, const Optional& weight,
     args.weight = call.parameter(weight, "weight");
     args.bias = call.parameter(bias, "bias");
     args.act_weight = call.parameter(act_weight, "act_weight");
-    args.eps_weight = call.parameter(eps_weight, "eps_weight");
+    args.rule_weight = call.parameter(rule_weight, "rule_weight");
     args.running_mean = call.buffer(running_mean, "running_mean");
     args.running_var = call.buffer(running_var, "running_var");
     args.counter = call.counter(num_batches_tracked);
     args.r_max = call.scalar(r_max, "r_max");
     args.d_max = call.scalar(d_max, "d_max");
-    call.run(Step::norm_act, {}, args);
+    if (!call.run(Step::norm_act, {}, args)) return {call.nothing(), call.nothing(), call.nothing(), call.nothing()};
     return {std::move(y), std::move(mean), std::move(rstd), std::move(extra)};
 }
 
 Six norm_act_backward(const Tensor& dy, const Optional& dh, const Tensor& x, const Optional& residual, const Optional& mask,
-                      const Optional& weight, const Optional& bias, const Optional& act_weight, const Optional& eps_weight,
+                      const Optional& weight, const Optional& bias, const Optional& act_weight, const Optional& rule_weight,
                       const Tensor& mean, const Tensor& rstd, int64_t code, int64_t groups, double eps, double p0, double p1,
                       int64_t needs_code) {
     Call call("norm_act_backward", x, code, groups);
@@ -236,17 +241,18 @@ Six norm_act_backward(const Tensor& dy, const Optional& dh, const Tensor& x, con
     args.weight = call.parameter(weight, "weight");
     args.bias = call.parameter(bias, "bias");
     args.act_weight = call.parameter(act_weight, "act_weight");
-    args.eps_weight = call.parameter(eps_weight, "eps_weight");
-    args.mean = mean.numel() > 0 ? call.wide(mean, p.sets(), "mean") : nullptr;
-    args.rstd = call.wide(rstd, p.sets() * p.saved_per_set(), "rstd");
+    args.rule_weight = call.parameter(rule_weight, "rule_weight");
+    args.mean = mean.numel() > 0 ? call.wide(mean, p.means(), "mean") : nullptr;
+    args.rstd = call.wide(rstd, p.rstds(), "rstd");
     args.dx = needs.dx ? dx.data_ptr() : nullptr;
     args.dresidual = needs.dresidual ? dresidual.data_ptr() : nullptr;
     Tensor dweight = call.new_gradient(weight, needs.parameters, args.dweight, "dweight");
     Tensor dbias = call.new_gradient(bias, needs.parameters, args.dbias, "dbias");
     Tensor dact_weight = call.new_gradient(act_weight, needs.parameters, args.dact_weight, "dact_weight");
-    Tensor deps_weight = call.new_gradient(eps_weight, needs.parameters, args.deps_weight, "deps_weight");
-    call.run(Step::norm_act_backward, needs, args);
-    return {std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias), std::move(dact_weight), std::move(deps_weight)};
+    Tensor drule_weight = call.new_gradient(rule_weight, needs.parameters, args.drule_weight, "drule_weight");
+    if (!call.run(Step::norm_act_backward, needs, args))
+        return {call.nothing(), call.nothing(), call.nothing(), call.nothing(), call.nothing(), call.nothing()};
+    return {std::move(dx), std::move(dresidual), std::move(dweight), std::move(dbias), std::move(dact_weight), std::move(drule_weight)};
 }
 
 // The steps of rules that are written in PyTorch: one set per (n, c); z is recomputed from the residual, there is no mask
@@ -360,14 +366,14 @@ void set_limits(int64_t processors, int64_t shared_bytes_per_block, int64_t shar
 
 NF_LIBRARY(NF_NAMESPACE, library) {
     library.def(
-        "norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? act_weight, Tensor? eps_weight,"
+        "norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? act_weight, Tensor? rule_weight,"
         " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, int code, int groups, float eps,"
         " float momentum, float p0, float p1, Tensor? r_max=None, Tensor? d_max=None)"
         " -> (Tensor y, Tensor mean, Tensor rstd, Tensor extra)");
     library.def(
         "norm_act_backward(Tensor dy, Tensor? dh, Tensor x, Tensor? residual, Tensor? mask, Tensor? weight, Tensor? bias,"
-        " Tensor? act_weight, Tensor? eps_weight, Tensor mean, Tensor rstd, int code, int groups, float eps, float p0, float p1,"
-        " int needs) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dact_weight, Tensor deps_weight)");
+        " Tensor? act_weight, Tensor? rule_weight, Tensor mean, Tensor rstd, int code, int groups, float eps, float p0, float p1,"
+        " int needs) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dact_weight, Tensor drule_weight)");
     library.def("moments(Tensor x, int code) -> (Tensor mean, Tensor var)");
     library.def(
         "apply(Tensor x, Tensor? residual, Tensor scale, Tensor shift, Tensor? act_weight, Tensor? residual_scale, Tensor? shift_after,"

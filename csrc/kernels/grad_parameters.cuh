@@ -1,7 +1,7 @@
 // The gradients of the parameters from sums per channel of every sample or block (channel_sums [entry][C]):
 //
 //   dweight_c = sum over entries of rstd*sum_dz_xc    dbias_c = of sum_dz    dact_weight_c = of sum_act
-//   deps_weight_c = -1/2 sign(eps_weight) * sum of rstd^3 weight sum_dz_xc
+//   drule_weight_c = -1/2 sign(rule_weight) * sum of rstd^3 weight sum_dz_xc
 //
 // In a fixed order, by the threads of a block that share a channel; a parameter that all channels share is summed last. Runs as the
 // tail of a backward, in its last block (call.finish), or as a launch of its own. Tiny: reads 3*entries*C numbers.
@@ -20,7 +20,7 @@ template <class A> NF_DEVICE Sums<A, 4> channel_gradients(const Call& call, int6
     const Global<A> dz(call.channel_sums[0]), dz_xc(call.channel_sums[1]), dact(call.channel_sums[2]), rstds(t.rstd);
     const bool scaled = p.scope == Scope::position;  // with rstd, already
     const int64_t group = p.scope == Scope::sample_group ? quotient(channel, p.C / p.groups) : 0;
-    const A weight = t.deps_weight.data ? load_parameter(t.weight, channel, A(1)) : A(0);
+    const A weight = t.drule_weight.data ? load_parameter(t.weight, channel, A(1)) : A(0);
     Sums<A, 4> sums;
     for (int64_t entry = member; entry < call.entries; entry += members) {
         const int64_t at = entry * p.C + channel;
@@ -60,8 +60,8 @@ template <class A> NF_DEVICE void parameter_gradients(const Call& call, int64_t 
             if (t.dweight.per_channel) store_parameter(t.dweight, channel, total.of[grad_weight]);
             if (t.dbias.per_channel) store_parameter(t.dbias, channel, total.of[grad_bias]);
             if (t.dact_weight.per_channel) store_parameter(t.dact_weight, channel, total.of[grad_act]);
-            const A eps = load_parameter(t.eps_weight, channel, A(0));
-            if (t.deps_weight.per_channel) store_parameter(t.deps_weight, channel, rms::eps_gradient(total.of[grad_eps], eps));
+            const A eps = load_parameter(t.rule_weight, channel, A(0));
+            if (t.drule_weight.per_channel) store_parameter(t.drule_weight, channel, rms::eps_gradient(total.of[grad_eps], eps));
         }
         sync_block();
     }
@@ -70,7 +70,7 @@ template <class A> NF_DEVICE void parameter_gradients(const Call& call, int64_t 
 // Parameters that all channels share, by one block
 template <class A> NF_DEVICE void shared_gradients(const Call& call) {
     const Arguments& t = call.tensors;
-    const bool act = t.dact_weight.data && !t.dact_weight.per_channel, eps = t.deps_weight.data && !t.deps_weight.per_channel;
+    const bool act = t.dact_weight.data && !t.dact_weight.per_channel, eps = t.drule_weight.data && !t.drule_weight.per_channel;
     if (!act && !eps) return;
     Sums<A, 2> sums;
     for (int64_t channel = thread_index(); channel < call.problem.C; channel += block_threads()) {
@@ -81,7 +81,7 @@ template <class A> NF_DEVICE void shared_gradients(const Call& call) {
     sums = over_set<A>(sums, int(block_threads()), call.scratch_offset);
     if (thread_index() != 0) return;
     if (act) store_parameter(t.dact_weight, 0, sums.of[0]);
-    if (eps) store_parameter(t.deps_weight, 0, rms::eps_gradient(sums.of[1], load_parameter(t.eps_weight, 0, A(0))));
+    if (eps) store_parameter(t.drule_weight, 0, rms::eps_gradient(sums.of[1], load_parameter(t.rule_weight, 0, A(0))));
 }
 
 template <class A> NF_KERNEL(256) grad_parameters_kernel(NF_GRID_CONSTANT Call call) {

@@ -293,8 +293,8 @@ template <class A> struct Statistics {
 
 template <class A> NF_DEVICE A eps_of(const Call& call, int64_t set) {
     const A eps = A(call.problem.eps);
-    if (call.tensors.eps_weight.data == nullptr) return eps;
-    return rms::effective_eps(eps, load_parameter(call.tensors.eps_weight, set % call.problem.C, A(0)));
+    if (call.tensors.rule_weight.data == nullptr) return eps;
+    return rms::effective_eps(eps, load_parameter(call.tensors.rule_weight, set % call.problem.C, A(0)));
 }
 
 // running <- (1 - factor)*running + factor*value, rounded once

@@ -9,7 +9,7 @@ namespace normfused {
 
 enum class Type : int { float32, float16, bfloat16, float64 };
 enum class Scope : int { channel, sample_group, position };  // one set per c | per (n, g) | per (n, s)
-enum class Rule : int { standard, rms, mean_only, renorm };          // rules/; the last two of scope channel
+enum class Rule : int { standard, rms, mean_only, renorm, batch_instance };  // rules/; the last three of scope channel
 enum class Layout : int { nchw, nhwc };                      // (n*C + c)*S + s | (n*S + s)*C + c
 enum class ResidualMode : int { none, pre_act, post_act, pre_norm };
 enum class Step : int { norm_act, norm_act_backward, moments, apply, grad_moments, grad_apply };
@@ -61,9 +61,14 @@ struct Problem {
     constexpr int64_t elements() const { return N * C * S; }
     constexpr int64_t sets() const { return scope == Scope::channel ? C : scope == Scope::sample_group ? N * groups : N * S; }
     constexpr int64_t count() const { return elements() / sets(); }
-    constexpr int saved_per_set() const { return rule == Rule::renorm ? 3 : 1; }  // numbers in ``rstd``
-    // Whether the forward leaves a bit mask for the backward (else, with a residual before an activation, z is recomputed from it)
-    constexpr bool masked() const { return residual_mode == ResidualMode::pre_act && has_two_slopes(act); }
+    // numbers in ``mean`` and in ``rstd``; of batch-instance norm the batch's come first, then those of every (n, c)
+    constexpr int64_t means() const { return rule == Rule::batch_instance ? (1 + N) * C : sets(); }
+    constexpr int64_t rstds() const { return rule == Rule::renorm ? 3 * C : means(); }
+    // Whether the forward leaves a bit mask for the backward (else, with a residual before an activation, z is recomputed from it).
+    // The steps that stand in for a single pass of batch-instance norm have none.
+    constexpr bool masked() const {
+        return residual_mode == ResidualMode::pre_act && has_two_slopes(act) && rule != Rule::batch_instance;
+    }
 };
 
 // A parameter, buffer or parameter's gradient: C values of its own type, or one for all channels. data may be null.

@@ -108,12 +108,12 @@ void declare_all(const Problem& p, Step step, const Arguments& a, size_t scratch
     declare("y", a.y, bytes, true);
     declare("h", a.h, bytes, true);
     declare("mask", a.mask, mask_bytes(p), !backward);
-    declare("mean", a.mean, p.sets() * wide, !backward);
-    declare("rstd", a.rstd, p.sets() * p.saved_per_set() * wide, !backward);
+    declare("mean", a.mean, p.means() * wide, !backward);
+    declare("rstd", a.rstd, p.rstds() * wide, !backward);
     declare_parameter("weight", a.weight, p.C, false);
     declare_parameter("bias", a.bias, p.C, false);
     declare_parameter("act_weight", a.act_weight, p.C, false);
-    declare_parameter("eps_weight", a.eps_weight, p.C, false);
+    declare_parameter("rule_weight", a.rule_weight, p.C, false);
     declare_parameter("running_mean", a.running_mean, p.C, p.batch_statistics);
     declare_parameter("running_var", a.running_var, p.C, p.batch_statistics);
     declare_parameter("r_max", a.r_max, p.C, false);
@@ -137,7 +137,7 @@ void declare_all(const Problem& p, Step step, const Arguments& a, size_t scratch
     declare_parameter("dweight", a.dweight, p.C, true);
     declare_parameter("dbias", a.dbias, p.C, true);
     declare_parameter("dact_weight", a.dact_weight, p.C, true);
-    declare_parameter("deps_weight", a.deps_weight, p.C, true);
+    declare_parameter("drule_weight", a.drule_weight, p.C, true);
     declare("sum_dz", a.sum_dz, p.sets() * wide, true);
     declare("sum_dz_xc", a.sum_dz_xc, p.sets() * wide, true);
     declare("scratch", a.scratch, int64_t(scratch_bytes), true);
@@ -209,7 +209,7 @@ class Run {
         return status;
     }
     int parameters() {
-        if (!has(call.tensors.dweight) && !has(call.tensors.dbias) && !has(call.tensors.dact_weight) && !has(call.tensors.deps_weight))
+        if (!has(call.tensors.dweight) && !has(call.tensors.dbias) && !has(call.tensors.dact_weight) && !has(call.tensors.drule_weight))
             return ok;
         return small(Kernel::grad_parameters, "grad_parameters", planning::ceil_div(problem.C, 32), 256);
     }
@@ -311,7 +311,7 @@ int Run::backward() {
     if (status == ok && channel && shared(t.dact_weight)) {  // dweight and dbias are written
         call.entries = 1;
         call.channel_sums[sum_dz] = call.channel_sums[sum_dz_xc] = nullptr;
-        call.tensors.dweight = call.tensors.dbias = call.tensors.deps_weight = Parameter();
+        call.tensors.dweight = call.tensors.dbias = call.tensors.drule_weight = Parameter();
         return parameters();
     }
     if (status == ok && space.parameters_launch) status = parameters();
@@ -385,6 +385,7 @@ Requirements requirements(const Problem& problem, Step step, const Needs& needs,
 
 int run(const Problem& problem, Step step, const Needs& needs, const Limits& limits, const Arguments& args, void* stream) {
     if (problem.elements() == 0) return ok;
+    if (problem.rule == Rule::batch_instance) return not_supported;
     bool pool = true;
     Plan plan = choose_plan(problem, step, needs, limits, pool, forced_route);
     if (args.arrivals == nullptr && workspace(problem, step, needs, plan, pool).arrivals > 0) {

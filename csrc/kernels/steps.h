@@ -33,7 +33,7 @@ struct Arguments {
     uint8_t* mask = nullptr;  // mask_bytes(problem) bytes; written by the forward, read by the backward
     void* mean = nullptr;     // accumulator, per set. Not written by the rms rule
     void* rstd = nullptr;     // accumulator, per set; of Step::moments: the biased variance; of the renorm rule [scale, r, d][set]
-    Parameter weight, bias, act_weight, eps_weight;
+    Parameter weight, bias, act_weight, rule_weight;
     Parameter running_mean, running_var;  // updated with batch statistics, else read; of the renorm rule running_var is the deviation
     Parameter r_max, d_max;               // of the renorm rule, a value each
     int64_t* counter = nullptr;           // num_batches_tracked
@@ -48,7 +48,7 @@ struct Arguments {
     const void* dshifted = nullptr;  // Step::grad_moments, grad_apply: joins dy
     void* dx = nullptr;
     void* dresidual = nullptr;
-    Parameter dweight, dbias, dact_weight, deps_weight;
+    Parameter dweight, dbias, dact_weight, drule_weight;
     void* sum_dz = nullptr;  // Step::grad_moments: accumulator, per (n, c)
     void* sum_dz_xc = nullptr;
     const void* against = nullptr;   // Step::grad_moments: sum_dz_xc is of dz*against instead; the residual, where z has one

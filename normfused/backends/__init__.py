@@ -5,7 +5,7 @@ A backend is a module with
 ``unavailable(device_type, dtype) -> str | None``
     None if it can run there, else a sentence saying why not.
 
-``norm_act(p, x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, num_batches_tracked, bounds=None)
+``norm_act(p, x, residual, weight, bias, act_weight, rule_weight, running_mean, running_var, num_batches_tracked, bounds=None)
 -> (y, mean, rstd, h)``
     A whole norm (moments -> coefficients -> apply) for the rule ``p.rule``. ``mean`` and ``rstd`` have ``p.moments_shape``,
     ``p.rstd_shape`` and ``p.accumulate`` (the rms rule returns an empty mean), never alias a buffer, and are all the
@@ -14,8 +14,8 @@ A backend is a module with
     they are read and not written. Of the renorm rule ``running_var`` is the running deviation, ``bounds`` are r_max and d_max, tensors of
     one value each, the running statistics are read before they are updated, and ``rstd`` is (scale, r, d), (3, C).
 
-``norm_act_backward(p, dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, needs)
--> (dx, dresidual, dweight, dbias, dact_weight, deps_weight)``
+``norm_act_backward(p, dy, dh, x, z_source, weight, bias, act_weight, rule_weight, mean, rstd, needs)
+-> (dx, dresidual, dweight, dbias, dact_weight, drule_weight)``
     ``x`` is h in pre_norm mode, where ``dx`` is the gradient of both x and residual and ``dh`` (may be None) is added to it. ``z_source``
     is what ``p.z_source`` names. ``needs`` is ``(dx, dresidual, parameters)``; what is not needed may be None.
 
@@ -34,7 +34,7 @@ coefficients are (N, C) in ``p.accumulate``):
 
 Tensors arrive checked and canonical: x, residual, dy, dh, z_source of x's shape and dense in ``p.layout`` (their memory is the
 (N, C, S) array that `Problem` describes) unless ``reads`` takes them as they are, no element missing (numel > 0), parameters
-contiguous of C elements (act_weight, eps_weight: 1 or C). y, h, dx, dresidual are new tensors made by `problem.empty_like(x)`: of
+contiguous of C elements (act_weight, rule_weight: 1 or C). y, h, dx, dresidual are new tensors made by `problem.empty_like(x)`: of
 the strides of x if it is dense, else dense in ``p.layout``; each element is written once.
 """
 

@@ -85,7 +85,7 @@ def call(
     backend: str | None,
     *,
     modes: tuple[str, ...] = RESIDUAL_MODES,
-    eps_weight: Tensor | None = None,
+    rule_weight: Tensor | None = None,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     counter: Tensor | None = None,
@@ -116,7 +116,7 @@ def call(
         run = rebuild.norm_act
     more = {} if bounds is None else {"bounds": bounds}
     y, h = run(
-        x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, counter,
+        x, residual, weight, bias, act_weight, rule_weight, running_mean, running_var, counter,
         scope, rule, groups, batch_statistics, eps, momentum, fused, mode, backend, normalized_shape, **more,
     )  # fmt: skip
     if composed is not None:

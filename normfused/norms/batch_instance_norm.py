@@ -1,4 +1,4 @@
-"""Batch-instance normalization: a learned mixture of batch and instance norm (a rule on the moments of every (n, c))."""
+"""Batch-instance normalization: a learned mixture of batch and instance norm (rule batch_instance; where ATen runs, in PyTorch)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, ops
 from ..activations import ActivationLike
-from ..problem import CHANNEL, PRE_ACT, STANDARD
+from ..problem import BATCH_INSTANCE, CHANNEL, PRE_ACT, STANDARD
 from .base import call
 from .custom import run_rule
 from .tracked import TrackedNormAct, frozen_copy, known_to_be, need_counter, per_channel, pooled, positions, track
@@ -106,6 +106,13 @@ def batch_instance_norm_act(
             )  # fmt: skip
             return y
         statistics = {"batch_mean": frozen_copy(running_mean, x), "batch_var": frozen_copy(running_var, x)}
+    if ops.has_kernels(x, backend, CHANNEL, BATCH_INSTANCE):
+        y = call(
+            op, x, weight, bias, CHANNEL, BATCH_INSTANCE, 1, eps, act, act_param, residual, residual_mode, backend, rule_weight=gate,
+            running_mean=running_mean, running_var=running_var, counter=num_batches_tracked if training else None,
+            batch_statistics=training, momentum=momentum,
+        )  # fmt: skip
+        return y
     parameters = {"gate": gate, "weight": weight, "bias": bias, **statistics}
     rule = partial(batch_instance_rule, eps=eps)
     y, mean, var = run_rule(op, x, rule, parameters, act, act_param, residual, residual_mode, backend, centred=True)

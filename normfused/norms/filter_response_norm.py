@@ -70,7 +70,7 @@ def filter_response_norm(
             raise ValueError(f"{op}: give either tau or act, got both (act={act!r})")
         act, act_param = _TLU, tau
     y: Tensor = call(
-        op, x, weight, bias, SAMPLE_GROUP, RMS, channels, eps, act, act_param, residual, residual_mode, backend, eps_weight=eps_l
+        op, x, weight, bias, SAMPLE_GROUP, RMS, channels, eps, act, act_param, residual, residual_mode, backend, rule_weight=eps_l
     )  # fmt: skip
     return y
 

@@ -225,10 +225,10 @@ STATIC = {
 def test_opcheck_whole_norms(norm, name, act, mode, layout):
     x, r = (torch.randn(3, 4, 3, 2).to(memory_format=layout) for _ in range(2))
     w, b, slope = torch.rand(4), torch.rand(4), torch.rand(4) if act == "prelu" else None
-    eps_weight = torch.rand(4) if norm == "frn" else None
+    rule_weight = torch.rand(4) if norm == "frn" else None
     running = (torch.zeros(4), torch.ones(4), torch.tensor(0)) if norm in ("batch", "frozen") else (None, None, None)
     static = (*STATIC[norm], act, 0.0, 0.0, mode, name)
-    arguments = (x, r if mode else None, w, b, slope, eps_weight, *running, *static)
+    arguments = (x, r if mode else None, w, b, slope, rule_weight, *running, *static)
     opcheck(torch.ops.normfused.norm_act.default, arguments)
     y, mean, rstd, h = torch.ops.normfused.norm_act(*arguments)
     z_source = {"relu": h if name == "cuda" else y, "silu": r, "prelu": r}[act] if mode == "pre_act" else None
@@ -240,7 +240,7 @@ def test_opcheck_whole_norms(norm, name, act, mode, layout):
         w,
         b,
         slope,
-        eps_weight,
+        rule_weight,
         mean,
         rstd,
     )

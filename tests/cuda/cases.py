@@ -104,7 +104,7 @@ class Case(cases.Case):
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         with forced(self.route, self.limits):
-            y, mean, rstd, extra = backend.norm_act(self.p, self.x, self.r, self.w, self.b, self.aw, self.ew, *self.running, *self.bounds)
+            y, mean, rstd, extra = backend.norm_act(self.p, self.x, self.r, self.w, self.b, self.aw, self.rw, *self.running, *self.bounds)
         self.mask = extra if extra is not None and extra.dtype == torch.uint8 else None
         if self.mask is not None:
             assert self.mask.numel() == backend.mask_bytes(self.p)
@@ -118,4 +118,4 @@ class Case(cases.Case):
             source = self.r if self.mask is None else self.mask
         x = self.x if h is None else h
         with forced(self.route, self.limits):
-            return backend.norm_act_backward(self.p, self.dy, self.dh, x, source, self.w, self.b, self.aw, self.ew, mean, rstd, needs)
+            return backend.norm_act_backward(self.p, self.dy, self.dh, x, source, self.w, self.b, self.aw, self.rw, mean, rstd, needs)

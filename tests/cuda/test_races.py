@@ -184,7 +184,7 @@ REPRESENTATIVE: dict[str, dict[str, Any]] = {
         "rule": RMS,
         "groups": 6,
         "shape": (3, 6, 9, 5),
-        "eps_weights": 1,
+        "rule_weights": 1,
         "act": "tlu",
         "shared_act_weight": True,
     },

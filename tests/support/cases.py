@@ -16,9 +16,9 @@ from torch import Tensor
 from normfused.activations import ACTIVATIONS, activate, parse
 from normfused.backends import reference
 from normfused.backends.reference.grad_moments import activation_gradient
-from normfused.backends.reference.rules import standard
+from normfused.backends.reference.rules import batch_instance, standard
 from normfused.backends.reference.views import ncs, over_channels, over_set
-from normfused.problem import CHANNEL, NHWC, POSITION, PRE_NORM, RENORM, RMS, SAMPLE_GROUP, STANDARD, Problem, dense
+from normfused.problem import BATCH_INSTANCE, CHANNEL, NHWC, POSITION, PRE_NORM, RENORM, RMS, SAMPLE_GROUP, STANDARD, Problem, dense
 
 # methods.md 11, relative to the largest value of the reference
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -41,7 +41,7 @@ class Case:
     bias: bool = True
     half_parameters: bool = False
     shared_act_weight: bool = False
-    eps_weights: int = 0
+    rule_weights: int = 0
     tracked: bool = False
     momentum: float | None = 0.1
     batch_statistics: bool = True
@@ -76,7 +76,7 @@ class Case:
         self.w = normal((C,), kept) if self.weight else None
         self.b = normal((C,), kept) if self.bias else None
         self.aw = normal((1 if self.shared_act_weight else C,), kept, 0.4) if act.takes_weight else None
-        self.ew = normal((self.eps_weights,), kept) if self.eps_weights else None
+        self.rw = normal((self.rule_weights,), kept) if self.rule_weights else None
         self.running = (None, None, None)
         if self.tracked:
             self.running = (normal((C,), kept), normal((C,), kept).abs() + 0.5, torch.tensor(4, device=self.device))
@@ -115,7 +115,7 @@ class Case:
             assert self.r is not None
             assert torch.equal(h, (self.x.double() + self.r.double()).to(self.dtype)), "h is x + residual, rounded once"
             assert h.stride() == self.x.stride()
-        wide = [_double(t) for t in (self.w, self.b, self.aw, self.ew)]
+        wide = [_double(t) for t in (self.w, self.b, self.aw, self.rw)]
         buffers = [_double(t) for t in running]
         expected = reference.norm_act(p, x, r, *wide, *buffers, *self.bounds)
         source = {None: None, "y": y.double() if self.p.z_source == "y" else expected[0], "residual": r}[p.z_source]
@@ -134,15 +134,22 @@ class Case:
         found.add("dx", gradients[0], expected_gradients[0], scale=self._dx_scale(p, dy, x, source, wide, (expected[1], per_set)))
         if self.residual in ("pre_act", "post_act"):
             found.add("dresidual", gradients[1], expected_gradients[1])
-        for name, got, want in zip(("dweight", "dbias", "dact", "deps"), gradients[2:], expected_gradients[2:], strict=True):
+        for name, got, want in zip(("dweight", "dbias", "dact", "drule"), gradients[2:], expected_gradients[2:], strict=True):
             found.add(name, got, want, parameter=True, scale=self._parameter_scale(dy, want))
         return found.errors
 
     def _dx_scale(self, p: Problem, dy: Tensor, x: Tensor, source: Tensor | None, wide: list[Any], statistics: Any) -> float:
         """max|dz_scale*dz|: with few elements to a set dx itself cancels."""
-        centre, a, b = standard.coefficients(p, *statistics, wide[0], wide[1])
+        if p.rule == BATCH_INSTANCE:
+            centre, a, b = (t.unsqueeze(2) for t in batch_instance.coefficients(p, *statistics, wide[3], wide[0], wide[1]))
+            # the gate's two shares may cancel; what is rounded are the terms
+            per_slice = statistics[1][0] * wide[3].abs() + (1 - wide[3]).abs() * statistics[1][1:]
+            factor = per_slice.unsqueeze(2) * over_channels(p, wide[0], 1.0)
+        else:
+            centre, a, b = standard.coefficients(p, *statistics, wide[0], wide[1])
+            factor = over_set(p, statistics[1]) * over_channels(p, wide[0], 1.0)
         dz, _ = activation_gradient(p, dy, x, source, centre, a, b, wide[2])
-        scale = (dz * over_set(p, statistics[1]) * over_channels(p, wide[0], 1.0)).abs().max()
+        scale = (dz * factor).abs().max()
         if self.dh is not None:
             scale = scale + self.dh.abs().max()
         return float(scale)
@@ -247,8 +254,8 @@ def allowed(row: dict[str, Any]) -> bool:
         return False
     if row["layout"] == "nhwc" and len(shape) == 2:
         return False
-    # instance norm of single elements is refused by the norms
-    return not (math.prod(shape[2:]) == 1 and kind.startswith("instance"))
+    # statistics of single elements are refused by the norms
+    return not (math.prod(shape[2:]) == 1 and kind.startswith(("instance", "batch instance")))
 
 
 def options(row: dict[str, Any]) -> dict[str, Any]:
@@ -256,8 +263,8 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
     kind, channels = dict(KINDS[row["kind"]]), row["shape"][1]
     if kind.get("groups") == 6:  # one per channel
         kind["groups"] = channels
-    if kind.get("eps_weights") == 6:
-        kind["eps_weights"] = channels
+    if kind.get("rule_weights") == 6:
+        kind["rule_weights"] = channels
     return {
         "shape": row["shape"], "layout": row["layout"], "dtype": row["dtype"], "route": row["route"], "act": row["act"].split()[0],
         "shared_act_weight": "shared" in row["act"], "weight": row["parameters"] in ("both", "half"),
@@ -271,6 +278,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "channel tracked": {"scope": CHANNEL, "tracked": True},
     "channel cumulative": {"scope": CHANNEL, "tracked": True, "momentum": None},
     "channel given": {"scope": CHANNEL, "tracked": True, "batch_statistics": False},
+    "batch instance": {"scope": CHANNEL, "rule": BATCH_INSTANCE, "rule_weights": 6, "tracked": True},
+    "batch instance cumulative": {"scope": CHANNEL, "rule": BATCH_INSTANCE, "rule_weights": 6, "tracked": True, "momentum": None},
+    "batch instance given": {"scope": CHANNEL, "rule": BATCH_INSTANCE, "rule_weights": 6, "tracked": True, "batch_statistics": False},
     "group": {"scope": SAMPLE_GROUP, "groups": 2},
     "one group": {"scope": SAMPLE_GROUP, "groups": 1},
     "instance": {"scope": SAMPLE_GROUP, "groups": 6},
@@ -278,8 +288,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "instance cumulative": {"scope": SAMPLE_GROUP, "groups": 6, "tracked": True, "momentum": None},
     "group rms": {"scope": SAMPLE_GROUP, "rule": RMS, "groups": 3},
     "filter response": {"scope": SAMPLE_GROUP, "rule": RMS, "groups": 6},
-    "filter response, eps each": {"scope": SAMPLE_GROUP, "rule": RMS, "groups": 6, "eps_weights": 6},
-    "filter response, one eps": {"scope": SAMPLE_GROUP, "rule": RMS, "groups": 6, "eps_weights": 1},
+    "filter response, eps each": {"scope": SAMPLE_GROUP, "rule": RMS, "groups": 6, "rule_weights": 6},
+    "filter response, one eps": {"scope": SAMPLE_GROUP, "rule": RMS, "groups": 6, "rule_weights": 1},
     "position": {"scope": POSITION},
     "position rms": {"scope": POSITION, "rule": RMS},
     "position pre-norm": {"scope": POSITION, "residual": PRE_NORM},

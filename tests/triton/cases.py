@@ -24,7 +24,7 @@ class Case(cases.Case):
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         with forced(self.route, self.limits):
-            y, mean, rstd, extra = backend.norm_act(self.p, self.x, self.r, self.w, self.b, self.aw, self.ew, *self.running, *self.bounds)
+            y, mean, rstd, extra = backend.norm_act(self.p, self.x, self.r, self.w, self.b, self.aw, self.rw, *self.running, *self.bounds)
         self.mask = extra if self.residual != PRE_NORM else None
         assert (0 if self.mask is None else self.mask.numel()) == backend.mask_bytes(self.p)
         return y, mean, rstd, extra if self.residual == PRE_NORM else None
@@ -35,7 +35,7 @@ class Case(cases.Case):
         source = {None: None, "y": y, "residual": self.r}[self.p.z_source] if self.mask is None else self.mask
         x = self.x if h is None else h
         with forced(self.route, self.limits):
-            return backend.norm_act_backward(self.p, self.dy, self.dh, x, source, self.w, self.b, self.aw, self.ew, mean, rstd, needs)
+            return backend.norm_act_backward(self.p, self.dy, self.dh, x, source, self.w, self.b, self.aw, self.rw, mean, rstd, needs)
 
 
 __all__ = ["KINDS", "LOOPED", "PARAMETER_TOLERANCE", "SMALL", "TOLERANCE", "Case", "activate", "ncs", "pairwise"]

@@ -36,7 +36,7 @@ H200 = Limits()
 def call(
     scope: str, shape: tuple[int, ...], act: str = "identity", dtype: torch.dtype = BF16, *, rule: str = STANDARD, groups: int = 1,
     layout: str = "nchw", residual: str | None = None, route: str | None = None, tracked: bool = False, given: bool = False,
-    eps_weight: bool = False, momentum: float | None = 0.1,
+    rule_weight: bool = False, momentum: float | None = 0.1,
 ) -> dict[str, Any]:  # fmt: skip
     return dict(locals())
 
@@ -68,7 +68,7 @@ CALLS = {
     "in+leaky 64@64^3 b2": call(SAMPLE_GROUP, (2, 64, 64, 64, 64), "leaky_relu", groups=64),
     "in+relu 64@64 b8, on chip": call(SAMPLE_GROUP, (8, 64, 64, 64), "relu", groups=64),
     "in+relu 512@4 b64, tracked, on chip": call(SAMPLE_GROUP, (64, 512, 4, 4), "relu", groups=512, tracked=True),
-    "frn+tlu 256@56 b32, learned eps": call(SAMPLE_GROUP, (32, 256, 56, 56), "tlu", rule=RMS, groups=256, eps_weight=True),
+    "frn+tlu 256@56 b32, learned eps": call(SAMPLE_GROUP, (32, 256, 56, 56), "tlu", rule=RMS, groups=256, rule_weight=True),
     "frn+tlu 256@56 b32": call(SAMPLE_GROUP, (32, 256, 56, 56), "tlu", FP32, rule=RMS, groups=256, route="two_pass"),
     # rows and channels of maps
     "ln+gelu 4096x4096": call(POSITION, (4096, 4096), "gelu"),
@@ -87,7 +87,7 @@ CALLS = {
 
 def _launches(
     scope: str, shape: tuple[int, ...], act: str, dtype: torch.dtype, *, rule: str, groups: int, layout: str, residual: str | None,
-    route: str | None, tracked: bool, given: bool, eps_weight: bool, momentum: float | None,
+    route: str | None, tracked: bool, given: bool, rule_weight: bool, momentum: float | None,
 ) -> list[Launch]:  # fmt: skip
     """What one forward and one backward would launch on an H200; the tensors are only there for their type and address."""
     N, C = shape[:2]
@@ -100,7 +100,7 @@ def _launches(
     x, per_channel = make(shape, dtype), make((C,), p.accumulate)
     r = x if residual else None
     running = (per_channel, per_channel, make((), torch.int64)) if tracked else (None, None, None)
-    eps = per_channel if eps_weight else None
+    eps = per_channel if rule_weight else None
     aw = per_channel if p.act.takes_weight else None
     bounds = ((make((), p.accumulate),) * 2,) if rule == RENORM else ()
     with forced(route, H200), recorded() as launches:

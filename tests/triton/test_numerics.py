@@ -322,7 +322,7 @@ def test_gradcheck(kind: str, act: str, residual: str | None, device: torch.devi
     for layout, route in (("nchw", "two_pass"), ("nhwc", "single_pass")):
         options = {**KINDS[kind], "residual": residual}
         case = Case(shape=(2, 6, 3), dtype=torch.float64, act=act, layout=layout, route=route, limits=None, device=device, **options)
-        tensors = [case.x, case.r, case.w, case.b, case.aw, case.ew]
+        tensors = [case.x, case.r, case.w, case.b, case.aw, case.rw]
         inputs = [None if t is None else t.requires_grad_() for t in tensors]
         torch.autograd.gradcheck(lambda *t, case=case: _Norm.apply(case, *t), inputs, fast_mode=True)
 

@@ -6,12 +6,14 @@ slopes (relu, leaky_relu, relu6, hardsigmoid, tlu) leaves a bit mask for the bac
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...problem import NHWC, POSITION, POST_ACT, PRE_ACT, PRE_NORM, Problem
+from ...problem import BATCH_INSTANCE, NHWC, POSITION, POST_ACT, PRE_ACT, PRE_NORM, Problem
+from .. import by_steps
 from . import _load
 from ._load import set_spare_processors
 
@@ -74,6 +76,8 @@ def _code(p: Problem) -> int:
 
 def mask_bytes(p: Problem) -> int:
     """Size of the bit mask: a byte per 16-byte vector of every contiguous run (csrc/kernels/slab.cuh)."""
+    if p.rule == BATCH_INSTANCE:  # the steps that stand in for a single pass have none
+        return 0
     vector = 16 // p.dtype.itemsize
     if p.layout == NHWC or p.S == 1:
         return p.N * p.S * -(-p.C // vector)
@@ -89,7 +93,7 @@ def norm_act(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -97,9 +101,13 @@ def norm_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     act = p.act
     y, mean, rstd, extra = _operators().norm_act(
-        x, residual, weight, bias, act_weight, eps_weight, running_mean, running_var, num_batches_tracked,
+        x, residual, weight, bias, act_weight, rule_weight, running_mean, running_var, num_batches_tracked,
         _code(p), p.groups, p.eps, p.momentum or 0.0, act.p0, act.p1, *(bounds or ()),
     )  # fmt: skip
+    if p.rule == BATCH_INSTANCE and rstd.numel() == 0:  # no single pass takes it
+        assert rule_weight is not None
+        buffers = (running_mean, running_var, num_batches_tracked)
+        return by_steps.norm_act(sys.modules[__name__], p, x, residual, weight, bias, act_weight, rule_weight, *buffers)
     return y, mean, rstd, extra if p.residual_mode in (PRE_NORM, PRE_ACT) else None
 
 
@@ -112,7 +120,7 @@ def norm_act_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     needs: Needs,
@@ -121,17 +129,22 @@ def norm_act_backward(
     residual, mask = _sources(p, z_source)
     own = p.residual_mode == PRE_ACT and act.name != "identity"
     need_dx, need_dresidual, need_parameters = needs
-    dx, dresidual, dweight, dbias, dact_weight, deps_weight = _operators().norm_act_backward(
-        dy, dh, x, residual, mask, weight, bias, act_weight, eps_weight, mean, rstd,
+    dx, dresidual, dweight, dbias, dact_weight, drule_weight = _operators().norm_act_backward(
+        dy, dh, x, residual, mask, weight, bias, act_weight, rule_weight, mean, rstd,
         _code(p), p.groups, p.eps, act.p0, act.p1, need_dx | (need_dresidual and own) << 1 | need_parameters << 2,
     )  # fmt: skip
+    if p.rule == BATCH_INSTANCE and not any(t.numel() for t in (dx, dresidual, dweight, dbias, dact_weight, drule_weight)):
+        assert rule_weight is not None
+        return by_steps.norm_act_backward(
+            sys.modules[__name__], p, dy, x, z_source, weight, bias, act_weight, rule_weight, mean, rstd, needs
+        )
     return (
         dx if need_dx else None,
         _residual_gradient(p, dy, dresidual, need_dresidual) if p.residual_mode else None,
         dweight if need_parameters and weight is not None else None,
         dbias if need_parameters and bias is not None else None,
         dact_weight if need_parameters and act_weight is not None else None,
-        deps_weight if need_parameters and eps_weight is not None else None,
+        drule_weight if need_parameters and rule_weight is not None else None,
     )
 
 

@@ -23,6 +23,7 @@ import torch
 from ... import _build
 from ...activations import ACTIVATIONS
 from ...problem import (
+    BATCH_INSTANCE,
     CHANNEL,
     MEAN_ONLY,
     NHWC,
@@ -43,7 +44,7 @@ __all__ = ["NEED_DRESIDUAL", "NEED_DX", "NEED_PARAMETERS", "Library", "library",
 _SCOPES = {CHANNEL: 0, SAMPLE_GROUP: 1, POSITION: 2}
 _RESIDUAL_MODES = {None: 0, PRE_ACT: 1 << 6, POST_ACT: 2 << 6, PRE_NORM: 3 << 6}
 _ACTS = {name: place << 8 for place, name in enumerate(ACTIVATIONS)}
-_RULES = {STANDARD: 0, RMS: 1 << 14, MEAN_ONLY: 2 << 14, RENORM: 3 << 14}
+_RULES = {rule: place << 14 for place, rule in enumerate((STANDARD, RMS, MEAN_ONLY, RENORM, BATCH_INSTANCE))}
 _LAYOUT, _BATCH_STATISTICS, _CUMULATIVE = 1 << 2, 1 << 3, 1 << 4
 NEED_DX, NEED_DRESIDUAL, NEED_PARAMETERS = 1, 2, 4
 

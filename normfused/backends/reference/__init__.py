@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...problem import MEAN_ONLY, POST_ACT, PRE_ACT, PRE_NORM, RENORM, RMS, Problem
+from ...problem import BATCH_INSTANCE, MEAN_ONLY, POST_ACT, PRE_ACT, PRE_NORM, RENORM, RMS, Problem
+from .. import by_steps
 from . import apply as _apply
 from . import grad_apply as _grad_apply
 from . import grad_moments as _grad_moments
 from . import moments as _moments
-from .rules import mean_only, renorm, rms, standard
+from .rules import batch_instance, mean_only, renorm, rms, standard
 from .views import like, ncs, over_set
 
 Needs = tuple[bool, bool, bool]
@@ -32,7 +33,7 @@ def norm_act(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -43,12 +44,17 @@ def norm_act(
         assert residual is not None
         x = h = like(p, ncs(p, x) + ncs(p, residual), x)
     tracked = (running_mean, running_var, num_batches_tracked)
+    if p.rule == BATCH_INSTANCE:
+        assert rule_weight is not None
+        mean, saved = by_steps.statistics(p, *_moments.moments(by_steps.slices(p), x), *tracked)
+        coefficients = (t.unsqueeze(2) for t in batch_instance.coefficients(p, mean, saved, rule_weight, weight, bias))
+        return _apply.apply(p, x, residual, *coefficients, act_weight), mean, saved, None
     if p.batch_statistics:
         mean, var = _moments.moments(p, x)
     else:
         assert running_mean is not None and running_var is not None
         mean, var = running_mean.to(p.accumulate, copy=True), running_var.to(p.accumulate)
-    saved = rstd = torch.ones_like(var) if p.rule == MEAN_ONLY else standard.rstd(p, var, rms.effective_eps(p, eps_weight))
+    saved = rstd = torch.ones_like(var) if p.rule == MEAN_ONLY else standard.rstd(p, var, rms.effective_eps(p, rule_weight))
     if p.rule == RENORM:
         assert running_mean is not None and running_var is not None and bounds is not None
         deviation = (var + p.eps).sqrt()
@@ -74,23 +80,26 @@ def norm_act_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
+    if p.rule == BATCH_INSTANCE:
+        assert rule_weight is not None
+        return _batch_instance_backward(p, dy, x, z_source, weight, bias, act_weight, rule_weight, mean, rstd)
     saved, rstd = rstd, rstd[0] if p.rule == RENORM else rstd
     centre, scale, shift = standard.coefficients(p, mean, rstd, weight, bias)
     dz, dact_weight = _grad_moments.activation_gradient(p, dy, x, z_source, centre, scale, shift, act_weight)
     sum_dz, sum_dz_xc = _grad_moments.grad_moments(p, dz, x, centre)
     xc = ncs(p, x).to(p.accumulate) - centre
     a, b = standard.weighted_sums(p, dz, xc, sum_dz, sum_dz_xc, weight)
-    deps_weight = None
+    drule_weight = None
     dz_scale: Tensor | float
     if p.rule == RMS:
-        dz_scale, q, r = rms.coefficients_vjp(p, rstd, b, weight, rms.effective_eps(p, eps_weight))
-        if eps_weight is not None:
-            deps_weight = rms.eps_gradient(rstd, b, eps_weight)
+        dz_scale, q, r = rms.coefficients_vjp(p, rstd, b, weight, rms.effective_eps(p, rule_weight))
+        if rule_weight is not None:
+            drule_weight = rms.eps_gradient(rstd, b, rule_weight)
     elif p.rule == RENORM:
         dz_scale, q, r = renorm.coefficients_vjp(p, saved, a, b, weight)
     elif p.rule == MEAN_ONLY:
@@ -105,7 +114,25 @@ def norm_act_backward(
         None if weight is None else dweight.to(weight.dtype),
         None if bias is None else dbias.to(bias.dtype),
         dact_weight,
-        deps_weight,
+        drule_weight,
+    )
+
+
+def _batch_instance_backward(
+    p: Problem, dy: Tensor, x: Tensor, z_source: Tensor | None, weight: Tensor | None, bias: Tensor | None, act_weight: Tensor | None,
+    gate: Tensor, mean: Tensor, rstd: Tensor,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    centre, scale, shift = (t.unsqueeze(2) for t in batch_instance.coefficients(p, mean, rstd, gate, weight, bias))
+    dz, dact_weight = _grad_moments.activation_gradient(p, dy, x, z_source, centre, scale, shift, act_weight)
+    sums = _grad_moments.grad_moments(p, dz, x, centre)
+    q, r, dweight, dbias, dgate = batch_instance.coefficients_vjp(p, mean, rstd, gate, weight, *sums)
+    return (
+        _grad_apply.grad_apply(p, dz, x, centre, scale, q.unsqueeze(2), r.unsqueeze(2)),
+        _residual_gradient(p, dy, dz, x),
+        None if weight is None else dweight.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+        dact_weight,
+        dgate.to(gate.dtype),
     )
 
 

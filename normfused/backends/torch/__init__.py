@@ -56,7 +56,7 @@ def norm_act(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -64,9 +64,9 @@ def norm_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     if p.scope != SAMPLE_GROUP or p.dtype != p.accumulate:  # those go through the composite (ops.path); kept for direct operator calls
         buffers = (running_mean, running_var, num_batches_tracked)
-        return reference.norm_act(p, x, residual, weight, bias, act_weight, eps_weight, *buffers, bounds)
+        return reference.norm_act(p, x, residual, weight, bias, act_weight, rule_weight, *buffers, bounds)
     if p.rule == RMS:
-        mean, rstd = x.new_empty(0), (steps.mean_square(p, x) + rms.effective_eps(p, eps_weight)).rsqrt()
+        mean, rstd = x.new_empty(0), (steps.mean_square(p, x) + rms.effective_eps(p, rule_weight)).rsqrt()
     else:
         mean, var = steps.moments(p, x)
         if p.groups != p.C:
@@ -89,24 +89,24 @@ def norm_act_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     if p.scope != SAMPLE_GROUP or p.dtype != p.accumulate:
-        return reference.norm_act_backward(p, dy, dh, x, z_source, weight, bias, act_weight, eps_weight, mean, rstd, needs)
+        return reference.norm_act_backward(p, dy, dh, x, z_source, weight, bias, act_weight, rule_weight, mean, rstd, needs)
     scale, shift, centre = _coefficients(p, mean, rstd, weight, bias)
     dz, dact_weight = steps.activation_gradient(p, dy, x, z_source, scale, shift, act_weight)
     sum_dz, sum_dz_xc = steps.grad_moments(p, dz, x, torch.zeros_like(scale) if centre is None else centre)
     b = _set_sum(p, sum_dz_xc if weight is None else sum_dz_xc * weight)
-    deps_weight = None
+    drule_weight = None
     if p.rule == RMS:
         r = None
-        if eps_weight is not None:
-            deps_weight = rms.eps_gradient(rstd, b, eps_weight)
+        if rule_weight is not None:
+            drule_weight = rms.eps_gradient(rstd, b, rule_weight)
         if p.count == 1:
-            one = rstd**3 * rms.effective_eps(p, eps_weight)
+            one = rstd**3 * rms.effective_eps(p, rule_weight)
             dz_scale, q = (one if weight is None else one * weight), None
         else:
             dz_scale, q = scale, -(rstd**3) * b / p.count
@@ -120,7 +120,7 @@ def norm_act_backward(
         None if weight is None else (sum_dz_xc * _per_channel(p, rstd)).sum(0).to(weight.dtype),
         None if bias is None else sum_dz.sum(0).to(bias.dtype),
         dact_weight,
-        deps_weight,
+        drule_weight,
     )
 
 

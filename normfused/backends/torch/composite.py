@@ -112,6 +112,24 @@ def renormed(saved: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple
     return weight * r, weight * d if bias is None else torch.addcmul(bias.to(d.dtype), weight.to(d.dtype), d)
 
 
+def batch_instance(
+    x: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None, given: tuple[Tensor, Tensor] | None, eps: float
+) -> Tensor:
+    """Batch-instance norm; ``given``: mean and rstd per channel, None for those of the batch."""
+    positions = list(range(2, x.dim()))
+    centre = x.mean(positions, keepdim=True)
+    var = (x - centre).square().mean(positions, keepdim=True)
+    if given is None:
+        batch_centre = centre.mean(0, keepdim=True)
+        batch_rstd = (var.mean(0, keepdim=True) + (centre - batch_centre).square().mean(0, keepdim=True) + eps).rsqrt()
+    else:
+        batch_centre, batch_rstd = (_broadcast(t, x) for t in given)
+    share = _broadcast(gate, x)
+    batch = share * batch_rstd
+    z = (x - centre) * (batch + (1 - share) * (var + eps).rsqrt()) + batch * (centre - batch_centre)
+    return affine(z, weight, bias)
+
+
 def mean_only(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """weight*(x - mean) + bias."""
     return affine(x - x.mean([d for d in range(x.dim()) if d != 1], keepdim=True), weight, bias)
@@ -171,9 +189,9 @@ class _OneElementForward(_OneElement):
         return tangent if eps_t is None else tangent - 0.5 * x * cubed * eps_t
 
 
-def mean_square(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, eps_weight: Tensor | None) -> Tensor:
+def mean_square(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rule_weight: Tensor | None) -> Tensor:
     """Filter response norm: no mean, the mean square over the positions of each (n, c)."""
-    effective = eps if eps_weight is None else eps + _broadcast(eps_weight.abs(), x)
+    effective = eps if rule_weight is None else eps + _broadcast(rule_weight.abs(), x)
     if math.prod(x.shape[2:]) == 1:
         one_element = _OneElement if torch.compiler.is_compiling() else _OneElementForward
         normalized: Tensor = one_element.apply(x, torch.as_tensor(effective, dtype=x.dtype, device=x.device))  # type: ignore[no-untyped-call]
@@ -202,7 +220,7 @@ def normalize(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     counter: Tensor | None,
@@ -231,7 +249,7 @@ def normalize(
         if running_mean is not None or running_var is not None:
             _track_instances(x, running_mean, running_var, counter, momentum)
         if rule == RMS:
-            return mean_square(x, weight, bias, eps, eps_weight)
+            return mean_square(x, weight, bias, eps, rule_weight)
         return grouped(x, groups, weight, bias, eps)
     if normalized_shape is not None:
         return trailing(x, rule, normalized_shape, weight, bias, eps)
@@ -255,7 +273,7 @@ def norm_act(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     counter: Tensor | None,
@@ -291,7 +309,7 @@ def norm_act(
         wide_x.unsqueeze(2) if unlike_aten else wide_x,
         _widen(weight, wide),
         _widen(bias, wide),
-        _widen(eps_weight, wide),
+        _widen(rule_weight, wide),
         running_mean,
         running_var,
         counter,

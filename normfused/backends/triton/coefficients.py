@@ -16,7 +16,7 @@ from .tiles import covered, put
 
 @triton.jit
 def finalize_kernel(
-    part_mean, part_m2, mean, var, rstd, weight, eps_weight, running_mean, running_var, counter, r_max, d_max, momentum: tl.float64,
+    part_mean, part_m2, mean, var, rstd, weight, rule_weight, running_mean, running_var, counter, r_max, d_max, momentum: tl.float64,
     outer, C, D, S, s_tiles, tiles, chunks, sets, count,
     RULE: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, ACC: tl.constexpr,
     BS: tl.constexpr, TILES: tl.constexpr, BSET: tl.constexpr, BP: tl.constexpr, LOOPS: tl.constexpr,
@@ -52,14 +52,14 @@ def finalize_kernel(
     v = tl.sum(m2, 1) / count
     v = tl.where(v < 0, 0.0, v)  # the correction of a constant chunk may round below zero
     finish(
-        index, known, centre, v, mean, var, rstd, weight, eps_weight, running_mean, running_var, counter, r_max, d_max, momentum, C, count,
+        index, known, centre, v, mean, var, rstd, weight, rule_weight, running_mean, running_var, counter, r_max, d_max, momentum, C, count,
         RULE, EPS, EPS_PER_CHANNEL, AVERAGE, ACC,
     )  # fmt: skip
 
 
 @triton.jit
 def finish(
-    index, known, centre, v, mean, var, rstd, weight, eps_weight, running_mean, running_var, counter, r_max, d_max, momentum, C, count,
+    index, known, centre, v, mean, var, rstd, weight, rule_weight, running_mean, running_var, counter, r_max, d_max, momentum, C, count,
     RULE: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Store the moments of the sets ``index`` and, where a set is a channel, update the running statistics; gives (centre, rstd)."""
@@ -69,7 +69,7 @@ def finish(
         if weight is not None:
             tracked = centre * tl.load(weight + index, mask=known, other=0.0).to(ACC)
     else:
-        deviation = reciprocal(index, known, v, eps_weight, C, EPS, EPS_PER_CHANNEL, ACC)
+        deviation = reciprocal(index, known, v, rule_weight, C, EPS, EPS_PER_CHANNEL, ACC)
     if RULE == "renorm":
         spread = tl.sqrt(v + EPS)
         running_deviation = tl.load(running_var + index, mask=known, other=1.0).to(ACC)
@@ -98,10 +98,10 @@ def finish(
 
 
 @triton.jit
-def reciprocal(index, known, v, eps_weight, C, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, ACC: tl.constexpr):
-    if eps_weight is not None:
+def reciprocal(index, known, v, rule_weight, C, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, ACC: tl.constexpr):
+    if rule_weight is not None:
         at = index % C if EPS_PER_CHANNEL else index * 0
-        return standard.reciprocal_deviation(v, rms.effective_eps(tl.load(eps_weight + at, mask=known, other=0.0).to(ACC), EPS))
+        return standard.reciprocal_deviation(v, rms.effective_eps(tl.load(rule_weight + at, mask=known, other=0.0).to(ACC), EPS))
     else:
         return standard.reciprocal_deviation(v, EPS)
 

@@ -65,7 +65,7 @@ def coefficients_vjp(saved, index, known, rstd, a, b, C, count, RULE: tl.constex
 
 @triton.jit
 def grad_channels_kernel(
-    part_dz, part_dz_xc, part_act, rstd, weight, eps_weight, dweight, dbias, dact_weight, deps_weight, q, r,
+    part_dz, part_dz_xc, part_act, rstd, weight, rule_weight, dweight, dbias, dact_weight, drule_weight, q, r,
     outer, C, D, chunks, count,
     RULE: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, ACC: tl.constexpr,
     BC: tl.constexpr, BP: tl.constexpr, LOOPS: tl.constexpr,
@@ -88,7 +88,7 @@ def grad_channels_kernel(
         if rstd is not None:
             deviation = tl.load(rstd + p % outer * (C // D) + c[None, :] // D, mask=live, other=0.0)
             scaled += dz_xc * deviation
-            if deps_weight is not None:
+            if drule_weight is not None:
                 cubed += dz_xc * deviation * deviation * deviation
         else:
             scaled += dz_xc
@@ -100,10 +100,10 @@ def grad_channels_kernel(
         put(dbias + c, tl.sum(a, 0), known)
     if dact_weight is not None:
         put(dact_weight + c, tl.sum(act, 0), known)
-    if deps_weight is not None:
+    if drule_weight is not None:
         at = c if EPS_PER_CHANNEL else c * 0
-        eps = tl.load(eps_weight + at, mask=known, other=0.0).to(ACC)
-        put(deps_weight + c, rms.eps_gradient(gamma * tl.sum(cubed, 0), eps), known)
+        eps = tl.load(rule_weight + at, mask=known, other=0.0).to(ACC)
+        put(drule_weight + c, rms.eps_gradient(gamma * tl.sum(cubed, 0), eps), known)
     if q is not None:
         deviation = tl.load(rstd + c, mask=known, other=0.0)
         store_vjp(q, r, c, known, rstd, deviation, gamma * tl.sum(a, 0), gamma * tl.sum(b, 0), C, count, RULE)

@@ -9,7 +9,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import CHANNEL, MEAN_ONLY, POSITION, POST_ACT, PRE_ACT, PRE_NORM, SAMPLE_GROUP, Problem
+from ...problem import BATCH_INSTANCE, CHANNEL, MEAN_ONLY, POSITION, POST_ACT, PRE_ACT, PRE_NORM, SAMPLE_GROUP, Problem
+from .. import by_steps
 from .apply import apply_kernel
 from .coefficients import average_running_kernel, finalize_kernel
 from .grad_apply import grad_apply_kernel
@@ -102,13 +103,17 @@ def norm_act(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     bounds: Bounds = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     plan = plan_for(p)
+    if p.rule == BATCH_INSTANCE and plan.route != SINGLE_PASS:
+        assert rule_weight is not None
+        buffers = (running_mean, running_var, num_batches_tracked)
+        return by_steps.norm_act(_steps(), p, x, residual, weight, bias, act_weight, rule_weight, *buffers)
     y = torch.empty_like(x)
     rstd = _like(p, x, p.rstd_shape)
     mean = _like(p, x, p.moments_shape if p.centred or not p.batch_statistics else (0,))
@@ -127,7 +132,7 @@ def norm_act(
         average = _averages(p, num_batches_tracked)
         over_samples = p.scope == SAMPLE_GROUP and any(b is not None for b in tracked)
         var = _like(p, x, p.moments_shape) if over_samples else None
-        out = (mean if p.centred or over_samples else None, var, rstd, eps_weight)
+        out = (mean if p.centred or over_samples else None, var, rstd, rule_weight)
         in_kernel = (None, None, None) if over_samples else tracked
         if plan.route == SINGLE_PASS:
             _single_pass(p, plan, x, residual, y, mask, out, weight, bias, act_weight, in_kernel, average, bounds)
@@ -155,19 +160,19 @@ def _moments(
     weight: Tensor | None = None,
     bounds: Bounds = (None, None),
 ) -> None:
-    """``out``: mean, var, rstd to be written (or None) and eps_weight; ``tracked``: running mean and variance, the counter."""
+    """``out``: mean, var, rstd to be written (or None) and rule_weight; ``tracked``: running mean and variance, the counter."""
     g, t = plan.geometry, plan.stream
     part_m2 = _like(p, x, (t.chunks, g.outer, g.C))
     part_mean = torch.empty_like(part_m2) if p.centred else None
     shape = {**_type(p), **_tiles(g, t)}
     launch(moments_kernel, t.programs, x, part_mean, part_m2, g.outer, g.inner, g.C, *_where(g, t), CENTRED=p.centred, **shape)
     programs, blocks = _merge(("BSET", "BP"), g.sets, t.chunks * g.D)
-    *moments, eps_weight = out
+    *moments, rule_weight = out
     weight = weight if p.rule == MEAN_ONLY else None
     launch(
-        finalize_kernel, programs, part_mean, part_m2, *moments, weight, eps_weight, *tracked, *bounds, _momentum(p),
+        finalize_kernel, programs, part_mean, part_m2, *moments, weight, rule_weight, *tracked, *bounds, _momentum(p),
         g.outer, g.C, g.D, g.S, t.s_tiles, t.tiles, t.chunks, g.sets, p.count,
-        RULE=p.rule, EPS=p.eps, EPS_PER_CHANNEL=eps_weight is not None and eps_weight.numel() > 1, AVERAGE=average,
+        RULE=p.rule, EPS=p.eps, EPS_PER_CHANNEL=rule_weight is not None and rule_weight.numel() > 1, AVERAGE=average,
         BS=t.BS, TILES=t.TILES, **_type(p), **blocks,
     )  # fmt: skip
 
@@ -217,12 +222,12 @@ def _single_pass(
 ) -> None:
     g, t = plan.geometry, plan.sets
     assert t is not None
-    mean, var, rstd, eps_weight = out
+    mean, var, rstd, rule_weight = out
     launch(
         single_pass_kernel, t.programs,
-        x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, eps_weight, *tracked, *bounds, _momentum(p),
+        x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, rule_weight, *tracked, *bounds, _momentum(p),
         g.C, g.D, *_set_strides(g, t), p.count,
-        RULE=p.rule, EPS=p.eps, EPS_PER_CHANNEL=eps_weight is not None and eps_weight.numel() > 1, AVERAGE=average,
+        RULE=p.rule, EPS=p.eps, EPS_PER_CHANNEL=rule_weight is not None and rule_weight.numel() > 1, AVERAGE=average,
         POST=p.residual_mode == POST_ACT, GROUP=mask_group(p) or 1, NHWC=g.nhwc, ROWS_ARE_CHANNELS=p.scope == SAMPLE_GROUP,
         **_activation(p, act_weight), **_type(p), **_sets(g, t),
     )  # fmt: skip
@@ -261,12 +266,15 @@ def norm_act_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     act_weight: Tensor | None,
-    eps_weight: Tensor | None,
+    rule_weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
     plan = plan_for(p, backward=True)
+    if p.rule == BATCH_INSTANCE and plan.route != SINGLE_PASS:
+        assert rule_weight is not None
+        return by_steps.norm_act_backward(_steps(), p, dy, x, z_source, weight, bias, act_weight, rule_weight, mean, rstd, needs)
     need_dx, need_dresidual, need_parameters = needs
     source = z_source if p.z_source is not None else None
     dx = torch.empty_like(x) if need_dx else None
@@ -274,7 +282,7 @@ def norm_act_backward(
     dresidual = torch.empty_like(x) if writes_dresidual else None
     if need_dresidual and dresidual is None and p.residual_mode in (PRE_ACT, POST_ACT):
         dresidual = dy  # dz itself
-    wanted = _Gradients(p, weight, bias, act_weight, eps_weight, need_parameters)
+    wanted = _Gradients(p, weight, bias, act_weight, rule_weight, need_parameters)
     centre = mean if p.centred else None
     with on_device_of(x):
         written = dresidual if writes_dresidual else None
@@ -296,7 +304,7 @@ class _Gradients:
         weight: Tensor | None,
         bias: Tensor | None,
         act_weight: Tensor | None,
-        eps_weight: Tensor | None,
+        rule_weight: Tensor | None,
         needed: bool,
     ) -> None:
         def like(parameter: Tensor | None) -> Tensor | None:
@@ -306,12 +314,12 @@ class _Gradients:
                 return torch.empty_like(parameter)
             return torch.empty(p.C, dtype=p.accumulate, device=parameter.device)
 
-        self.needed = needed and any(t is not None for t in (weight, bias, act_weight, eps_weight))
-        self.weight, self.bias, self.act, self.eps = like(weight), like(bias), like(act_weight), like(eps_weight)
-        self.act_weight, self.eps_weight = act_weight, eps_weight
+        self.needed = needed and any(t is not None for t in (weight, bias, act_weight, rule_weight))
+        self.weight, self.bias, self.act, self.eps = like(weight), like(bias), like(act_weight), like(rule_weight)
+        self.act_weight, self.rule_weight = act_weight, rule_weight
 
     def results(self) -> tuple[Tensor | None, ...]:
-        return self.weight, self.bias, _shared(self.act, self.act_weight), _shared(self.eps, self.eps_weight)
+        return self.weight, self.bias, _shared(self.act, self.act_weight), _shared(self.eps, self.rule_weight)
 
 
 def _shared(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
@@ -340,9 +348,9 @@ def _grad_channels(
 ) -> None:
     programs, blocks = _merge(("BC", "BP"), p.C, chunks * outer)
     launch(
-        grad_channels_kernel, programs, *part, rstd, weight, wanted.eps_weight if wanted.eps is not None else None,
+        grad_channels_kernel, programs, *part, rstd, weight, wanted.rule_weight if wanted.eps is not None else None,
         wanted.weight, wanted.bias, wanted.act, wanted.eps, q, r, outer, p.C, D, chunks, p.count,
-        RULE=p.rule, EPS_PER_CHANNEL=wanted.eps_weight is not None and wanted.eps_weight.numel() > 1, **_type(p), **blocks,
+        RULE=p.rule, EPS_PER_CHANNEL=wanted.rule_weight is not None and wanted.rule_weight.numel() > 1, **_type(p), **blocks,
     )  # fmt: skip
 
 
@@ -447,7 +455,7 @@ def _grad_two_pass(
                 RULE=p.rule, **_type(p), **blocks,
             )  # fmt: skip
     if alone and dx is not None:
-        eps = p.eps if wanted.eps_weight is None else p.eps + wanted.eps_weight.to(p.accumulate).abs()
+        eps = p.eps if wanted.rule_weight is None else p.eps + wanted.rule_weight.to(p.accumulate).abs()
         dz_scale = rstd**3 * eps
     _grad_output(p, plan, dy, x, source, dx, dresidual, *statistics, dz_scale, q, r)
 
@@ -589,6 +597,10 @@ def grad_apply(
     if needs[1] and dresidual is None and p.residual_mode in (PRE_ACT, POST_ACT):
         dresidual = dy
     return dx, dresidual
+
+
+def _steps() -> Any:
+    return sys.modules[__package__]
 
 
 # importing the kernels has put their modules under these names into the package

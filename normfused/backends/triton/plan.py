@@ -25,7 +25,7 @@ from functools import lru_cache
 
 import torch
 
-from ...problem import CHANNEL, NHWC, POSITION, PRE_ACT, RMS, SAMPLE_GROUP, Problem
+from ...problem import BATCH_INSTANCE, CHANNEL, NHWC, POSITION, PRE_ACT, RMS, SAMPLE_GROUP, Problem
 
 SINGLE_PASS, TWO_PASS, SLICES = "single_pass", "two_pass", "slices"
 
@@ -146,8 +146,11 @@ def geometry(p: Problem) -> Geometry:
 def mask_group(p: Problem) -> int:
     """Elements to a byte of the bit mask (mask.py); 0 where y tells the derivative, or the residual.
 
-    Contiguous runs must be whole 16-byte vectors. In nhwc the channels of a group must be whole vectors, or a power of 2.
+    Contiguous runs must be whole 16-byte vectors. In nhwc the channels of a group must be whole vectors, or a power of 2. The
+    steps that stand in for a single pass of batch-instance norm have no mask.
     """
+    if p.rule == BATCH_INSTANCE:
+        return 0
     g, group = geometry(p), 16 // p.dtype.itemsize
     if p.residual_mode != PRE_ACT or not p.act.has_two_slopes or p.scope == POSITION or (g.C if g.nhwc else g.S) % group:
         return 0
@@ -253,6 +256,8 @@ def choose_plan(p: Problem, limits: Limits, backward: bool = False, route: str |
     if p.scope == POSITION:
         rows = row_tile(p, limits, backward)
         return Plan(SINGLE_PASS if rows.BLOCKS_C == 1 else TWO_PASS, g, tiles, rows=rows)
+    if p.rule == BATCH_INSTANCE:
+        return Plan(SLICES, g, tiles)
     if not p.batch_statistics or route in (TWO_PASS, SLICES) or (p.rule == RMS and p.count == 1):
         return Plan(SLICES if route == SLICES else TWO_PASS, g, tiles)
     sets = set_tile(p, limits, backward)

@@ -69,7 +69,7 @@ def sum_set(values):
 
 @triton.jit
 def single_pass_kernel(
-    x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, eps_weight, running_mean, running_var, counter, r_max, d_max,
+    x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, rule_weight, running_mean, running_var, counter, r_max, d_max,
     momentum: tl.float64,
     C, D, S, R, so, sg, sR, sS, groups, per_outer, count,
     RULE: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, POST: tl.constexpr,
@@ -99,7 +99,7 @@ def single_pass_kernel(
     else:
         v = sum_set(values * values) / count
     centre, deviation = finish(
-        index, j < per_outer, centre, v, mean, var, rstd, weight, eps_weight, running_mean, running_var, counter, r_max, d_max, momentum,
+        index, j < per_outer, centre, v, mean, var, rstd, weight, rule_weight, running_mean, running_var, counter, r_max, d_max, momentum,
         C, count, RULE, EPS, EPS_PER_CHANNEL, AVERAGE, ACC,
     )  # fmt: skip
     scale = over_set(deviation) * over_columns(weight, c, known, 1.0, ACC)
