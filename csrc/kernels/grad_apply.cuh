@@ -24,9 +24,9 @@ template <class T, int kSums> NF_DEVICE Sums<AccumulatorOf<T>, kSums> gather_row
     const Global<A> dz(call.channel_sums[sum_dz]), dz_xc(call.channel_sums[sum_dz_xc]);
     const int64_t n = quotient(slab.outer, call.walk.period);
     const int rows = int(call.walk.rows), all = rows * int(call.partials);
-    if (!slab.live || slab.row_lane >= slab.teams) return sums;
+    if (!slab.live || slab.row_lane() >= slab.teams) return sums;
     NF_NO_UNROLL
-    for (int i = slab.row_lane * slab.team + slab.lane; i < all; i += slab.team * slab.teams) {
+    for (int i = slab.row_lane() * slab.team + slab.lane; i < all; i += slab.team * slab.teams) {
         const int chunk = i / rows, channel = slab.channel0 + i - chunk * rows;
         const int64_t at = (chunk * call.problem.N + n) * call.problem.C + channel;
         const A weight = load_parameter(call.tensors.weight, channel, A(1));
@@ -34,6 +34,11 @@ template <class T, int kSums> NF_DEVICE Sums<AccumulatorOf<T>, kSums> gather_row
         sums.of[sum_dz_xc] = fma_(weight, dz_xc.load_coherent(at), sums.of[sum_dz_xc]);
     }
     return sums;
+}
+
+template <class A> NF_DEVICE void store_act_gradient(const Call& call, int64_t channel, A sum) {
+    if (call.channel_sums[sum_act]) Global<A>(call.channel_sums[sum_act]).store(channel, sum);  // one for all channels
+    else store_parameter(call.tensors.dact_weight, channel, sum);
 }
 
 // Gradients of the parameters of one channel of one set, from sums that no weight has joined yet
@@ -44,9 +49,7 @@ NF_DEVICE void finish_channel(const Call& call, int64_t n, int64_t channel, cons
     if (call.problem.scope != Scope::channel) return store_channel_sums(call, n, channel, sums);
     store_parameter(t.dweight, channel, sums.of[sum_dz_xc] * rstd);
     store_parameter(t.dbias, channel, sums.of[sum_dz]);
-    if constexpr (kSums < 3) return;
-    else if (call.channel_sums[sum_act]) Global<A>(call.channel_sums[sum_act]).store(channel, sums.of[sum_act]);  // one for all channels
-    else store_parameter(t.dact_weight, channel, sums.of[sum_act]);
+    if constexpr (kSums > sum_act) store_act_gradient(call, channel, sums.of[sum_act]);
 }
 
 // A channel's gradients, if the sums are a channel's; then the weight joins them
@@ -69,6 +72,7 @@ template <class A, int kSums> NF_DEVICE Pair<A> finish_gradient(const Call& call
         case Rule::standard: vjp = standard::vjp(rstd, dz, dz_xc, per_element); break;
         case Rule::rms: vjp = call.count == 1 ? rms::vjp_of_one(rstd, eps_of<A>(call, set)) : rms::vjp(rstd, dz_xc, per_element); break;
         case Rule::mean_only: vjp = mean_only::vjp(dz, per_element); break;
+        case Rule::batch_instance: break;  // samples.cuh
         case Rule::renorm: {
             const Global<A> saved(call.tensors.rstd);
             const renorm::Correction<A> c = {saved.load_coherent(renorm::saved_r * call.problem.C + set),
@@ -113,7 +117,7 @@ NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Su
                 [&](int column, Value& sums) { on_column(column, sums, stores); }, on_set, g.q, g.r);
         } else {
             over_owned_sets<!kRows, T, Value>(
-                call, slab, sets, [] {}, on_column, [&](int set, const Value& sums, bool) { return on_set(set, sums); }, g.q, g.r);
+                call, slab, [&](const auto& give) { over_teams(call, slab, sets, give); }, [] {}, on_column, [&](int set, const Value& sums, bool) { return on_set(set, sums); }, g.q, g.r);
         }
     }
 }

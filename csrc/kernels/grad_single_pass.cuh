@@ -7,10 +7,12 @@
 
 #include "grad_apply.cuh"
 #include "grad_parameters.cuh"
+#include "samples.cuh"
 
 namespace normfused {
 
-template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>) grad_single_pass_kernel(NF_GRID_CONSTANT Call call) {
+template <class T, bool kWide, bool kRows, int kAct, bool kApart>
+NF_KERNEL(threads_of<kWide>) grad_single_pass_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     constexpr bool kPositions = kWide != kRows;
     Coefficients<T, kWide, kRows> c;
@@ -23,8 +25,12 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
         GradientCoefficients<T, kWide> g;
         Sums<A, gradient_sums<kAct>> sets[sum_lanes<T, kWide>];
         GradientBatch<T, gradient_batch> batch;
-        saved_statistics<T, kWide, kRows>(call, slab, c);
-        c.renew(call, slab);
+        if constexpr (kApart) {
+            saved_samples<T, kWide, kRows>(call, slab, c);
+        } else {
+            saved_statistics<T, kWide, kRows>(call, slab, c);
+            c.renew(call, slab);
+        }
         if constexpr (kWide == kRows) {
             collect_gradients_ahead<T, kWide, kRows, kAct>(call, slab, landing, early, unit, c, batch, sets);
             if (call.walk.spare > 0 && unit + grid_blocks() < call.walk.units) {
@@ -38,7 +44,8 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
         } else {
             collect_gradients<T, kWide, kRows, kAct>(call, slab, landing, unit, c, batch, sets);
         }
-        finish_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, slab, sets, false, g);
+        if constexpr (kApart) finish_sample_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, slab, c, sets, g);
+        else finish_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, slab, sets, false, g);
         grad_apply_slab<T, kWide, kRows, kAct>(call, slab, landing, true, batch, c, g);
     }
     if (keeps_sums) ChannelSums<T, kWide, gradient_sums<kAct>>(call).leave(call, block_index());

@@ -1,7 +1,8 @@
 // Which kernels exist: the one list of instantiations, and the launch of one of them by name.
 //
 // Per storage type: the streaming kernels for wide sets along rows and narrow sets along columns, the single passes for all four views
-// (walk.h); of each that applies an activation, one instantiation per entry of ``hot`` and one for all other activations.
+// (walk.h); of each that applies an activation, one instantiation per entry of ``hot`` and one for all other activations. Single passes of
+// batch-instance norm have the latter alone.
 #pragma once
 
 #include "grad_single_pass.cuh"
@@ -38,8 +39,8 @@ struct Launch {
 
 template <class T, bool kWide, bool kRows, int kAct> int launch_with(const Launch& l, const LaunchConfig& config, const Call& call) {
     switch (l.kernel) {
-        case Kernel::single_pass: return launch(&single_pass_kernel<T, kWide, kRows, kAct>, config, call);
-        case Kernel::grad_single_pass: return launch(&grad_single_pass_kernel<T, kWide, kRows, kAct>, config, call);
+        case Kernel::single_pass: return launch(&single_pass_kernel<T, kWide, kRows, kAct, false>, config, call);
+        case Kernel::grad_single_pass: return launch(&grad_single_pass_kernel<T, kWide, kRows, kAct, false>, config, call);
         default: break;
     }
     if constexpr (kWide == kRows) {
@@ -54,6 +55,12 @@ template <class T, bool kWide, bool kRows, int kAct> int launch_with(const Launc
 }
 
 template <class T, bool kWide, bool kRows> int launch_with_act(const Launch& l, const LaunchConfig& config, const Call& call) {
+    if constexpr (kWide == kRows) {
+        const bool apart = call.problem.rule == Rule::batch_instance;
+        if (apart && l.kernel == Kernel::single_pass) return launch(&single_pass_kernel<T, kWide, kRows, any_act, true>, config, call);
+        if (apart && l.kernel == Kernel::grad_single_pass)
+            return launch(&grad_single_pass_kernel<T, kWide, kRows, any_act, true>, config, call);
+    }
     if constexpr (sizeof(T) < 8) {  // float64 is for checking, not for speed
         switch (call.problem.act) {
             case Act::identity: return launch_with<T, kWide, kRows, int(Act::identity)>(l, config, call);

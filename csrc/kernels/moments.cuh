@@ -11,6 +11,7 @@
 #include "activation.cuh"
 #include "call.h"
 #include "reduce.cuh"
+#include "rules/batch_instance.cuh"
 #include "rules/mean_only.cuh"
 #include "rules/renorm.cuh"
 #include "rules/rms.cuh"
@@ -188,7 +189,7 @@ NF_DEVICE void over_teams(const Call& call, const Slab<T, false>& slab, Value (&
     using A = AccumulatorOf<T>;
     constexpr int V = vector_size<T>, P = V < 4 ? V : 4;
     const bool folds = call.walk.folds;
-    const int rows = folds ? int(block_threads()) / 32 : slab.teams, row = folds ? int(warp_index()) : slab.row_lane;
+    const int rows = folds ? int(block_threads()) / 32 : slab.teams, row = folds ? int(warp_index()) : slab.row_lane();
     if (folds) {
         NF_UNROLL
         for (int j = 0; j < V; ++j) v[j] = over_lanes(v[j], 32, slab.team);
@@ -293,7 +294,7 @@ template <class A> struct Statistics {
 
 template <class A> NF_DEVICE A eps_of(const Call& call, int64_t set) {
     const A eps = A(call.problem.eps);
-    if (call.tensors.rule_weight.data == nullptr) return eps;
+    if (call.problem.rule != Rule::rms || call.tensors.rule_weight.data == nullptr) return eps;
     return rms::effective_eps(eps, load_parameter(call.tensors.rule_weight, set % call.problem.C, A(0)));
 }
 
@@ -314,9 +315,9 @@ NF_DEVICE void update_running_statistics(const Call& call, int64_t channel, A me
 // One element has no unbiased variance: NaN, as 0/0 says
 template <class A> NF_DEVICE A unbiased(const Call& call, A var) { return A(var * A(call.count) / A(call.count - 1)); }
 
-// The running statistics that a set's coefficients depend on. All that finish the set must have read them before one of them, behind a
-// barrier, moves them on.
-NF_DEVICE bool needs_running(const Call& call) { return call.problem.rule == Rule::renorm; }
+// The running statistics that a set's coefficients depend on, or that take the place of the batch's (batch-instance norm). All that finish
+// the set must have read them before one of them, behind a barrier, moves them on.
+NF_DEVICE bool needs_running(const Call& call) { return call.problem.rule == Rule::renorm || !call.problem.batch_statistics; }
 template <class A> NF_DEVICE Running<A> running_of(const Call& call, int64_t set) {
     return {load_parameter(call.tensors.running_mean, set, A(0)), load_parameter(call.tensors.running_var, set, A(1))};
 }
@@ -326,7 +327,8 @@ template <class A> NF_DEVICE Statistics<A> finish_set(const Call& call, int64_t 
                                                       bool writer, int64_t batches_before) {
     const Arguments& t = call.tensors;
     const Rule rule = call.problem.rule;
-    const A mean = m.mean(), var = m.m2 * A(call.per_element), eps = eps_of<A>(call, set);
+    const bool given = !call.problem.batch_statistics;
+    const A mean = given ? running.mean : m.mean(), var = given ? running.deviation : m.m2 * A(call.per_element), eps = eps_of<A>(call, set);
     Statistics<A> s = {mean, rule == Rule::mean_only ? A(1) : standard::reciprocal_deviation(var, eps)};
     A running_value = mean, running_spread = A(0);
     if (rule == Rule::renorm) {
@@ -346,7 +348,7 @@ template <class A> NF_DEVICE Statistics<A> finish_set(const Call& call, int64_t 
         if (call.variances) Global<A>(call.variances).store(set, var);
         if (rule == Rule::mean_only) running_value *= load_parameter(t.weight, set, A(1));
         if (rule != Rule::renorm) running_spread = unbiased(call, var);
-        if (call.problem.scope == Scope::channel) update_running_statistics(call, set, running_value, running_spread, batches_before);
+        if (call.problem.scope == Scope::channel && !given) update_running_statistics(call, set, running_value, running_spread, batches_before);
     }
     return s;
 }
@@ -390,14 +392,19 @@ NF_DEVICE void leave_partials(const Call& call, const Slab<T, kWide>& slab, Valu
     }
 }
 
-// Reads them back. Wide: all chunks of the set, shared out over its threads; narrow: a reader for over_rows, chunk by chunk.
-template <class T, class Value> NF_DEVICE Value gather_partials(const Call& call, const Slab<T, true>& slab) {
+// Reads them back. Wide: chunks of the set, all or those from ``first`` up to ``last``, shared out over its threads; narrow: a reader for
+// over_rows, chunk by chunk.
+template <class T, class Value>
+NF_DEVICE Value gather_partials(const Call& call, const Slab<T, true>& slab, int64_t first, int64_t last) {
     Value v;
-    if (!slab.live || slab.row_lane >= slab.teams) return v;
+    if (!slab.live || slab.row_lane() >= slab.teams) return v;
     NF_NO_UNROLL
-    for (int chunk = slab.row_lane * slab.team + slab.lane; chunk < call.partials; chunk += slab.team * slab.teams)
+    for (int chunk = int(first) + slab.row_lane() * slab.team + slab.lane; chunk < last; chunk += slab.team * slab.teams)
         v.merge(load_partial<AccumulatorOf<T>, true, Value>(call, slab.outer, 0, chunk));
     return v;
+}
+template <class T, class Value> NF_DEVICE Value gather_partials(const Call& call, const Slab<T, true>& slab) {
+    return gather_partials<T, Value>(call, slab, 0, call.partials);
 }
 template <class T, class Value> NF_DEVICE auto partial_reader(const Call& call, const Slab<T, false>& slab) {
     return

@@ -17,28 +17,43 @@ NF_DEVICE void meet_group(const Call& call, int64_t chunk) {
     sync_blocks(Global<uint32_t>(call.tensors.arrivals).advance(call.group_words + group), unsigned(chunks), chunk == 0);
 }
 
-// ``v``: the block's value, in all its threads
-template <class T, class Value> NF_DEVICE Value over_owners(const Call& call, const Slab<T, true>& slab, const Value& v) {
+// The blocks' values of a wide set, in all their threads: each leaves its own, they meet, and then merge those of chunks [first, last)
+template <class T, class Value> struct WideExchange {
     using A = AccumulatorOf<T>;
-    if (call.owner == Owner::block) return v;
-    if (call.owner == Owner::cluster) {
-        const Shared<A> mine = shared_at<A>(call.exchange_offset, Value::size);
-        if (thread_index() == 0) {
-            NF_UNROLL
-            for (int i = 0; i < Value::size; ++i) mine.set(i, v.get(i));
+    const Call& call;
+    const Slab<T, true>& slab;
+    Value own;
+
+    NF_DEVICE WideExchange(const Call& call_, const Slab<T, true>& slab_, const Value& v) : call(call_), slab(slab_), own(v) {
+        if (call.owner == Owner::cluster) {
+            if (thread_index() == 0) {
+                NF_UNROLL
+                for (int i = 0; i < Value::size; ++i) mine().set(i, v.get(i));
+            }
+            sync_cluster();
+        } else if (call.owner == Owner::group) {
+            if (thread_index() == 0) store_partial<A, true>(call, slab.outer, 0, slab.chunk, v);
+            meet_group(call, slab.chunk);
         }
-        sync_cluster();
+    }
+    NF_DEVICE Shared<A> mine() const { return shared_at<A>(call.exchange_offset, Value::size); }
+    NF_DEVICE Value merged(int first, int last) const {
+        if (call.owner == Owner::block) return own;
+        if (call.owner == Owner::group) return over_wide_set(call, slab, gather_partials<T, Value>(call, slab, first, last));
         Value other;
-        if (lane_index() < cluster_blocks()) {
-            const Shared<A> theirs = mine.on_block(lane_index());
+        const int block = int(lane_index());
+        if (block >= first && block < last) {
+            const Shared<A> theirs = mine().on_block(unsigned(block));
             NF_UNROLL
             for (int i = 0; i < Value::size; ++i) other.set(i, theirs.get(i));
         }
         return over_lanes(other, 32);
     }
-    if (thread_index() == 0) store_partial<A, true>(call, slab.outer, 0, slab.chunk, v);
-    meet_group(call, slab.chunk);
-    return over_wide_set(call, slab, gather_partials<T, Value>(call, slab));
+    NF_DEVICE Value merged() const { return merged(0, int(call.walk.chunks)); }
+};
+
+template <class T, class Value> NF_DEVICE Value over_owners(const Call& call, const Slab<T, true>& slab, const Value& v) {
+    return WideExchange<T, Value>(call, slab, v).merged();
 }
 
 // The values of a narrow slab's columns, from the blocks of a group: [column][chunk], four numbers each
@@ -73,16 +88,22 @@ template <class T, class Value> struct ColumnValues {
     }
 };
 
-// ``v``: what the threads of a narrow slab hold -> two numbers of its sets for the lanes of every thread. before() runs in every block before
+// The block's value of every column of a narrow slab, for the others of its cluster
+template <class T, class Value> NF_DEVICE Table<AccumulatorOf<T>, Value> exchanged_columns(const Call& call, const Slab<T, false>& slab) {
+    return Table<AccumulatorOf<T>, Value>(call.exchange_offset, 1, slab.team * vector_size<T>);
+}
+
+// The values of a narrow slab's columns -> two numbers of its sets for the lanes of every thread. columns(on_column) has one thread a column
+// call on_column(column, value of this block); before() runs in every block before
 // the owners meet, and may leave two numbers a set for on_set in SetNumbers. on_column(column, value, stores)
 // may change a column's value before it joins its set's; on_set(set of the slab, value, stores) gives the numbers; ``stores`` in one block.
-template <bool kShared, class T, class Value, class Before, class OnColumn, class OnSet>
-NF_DEVICE void over_owned_sets(const Call& call, const Slab<T, false>& slab, Value (&v)[vector_size<T>], const Before& before,
+template <bool kShared, class T, class Value, class Columns, class Before, class OnColumn, class OnSet>
+NF_DEVICE void over_owned_sets(const Call& call, const Slab<T, false>& slab, const Columns& columns, const Before& before,
                                const OnColumn& on_column, const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>], AccumulatorOf<T> (&second)[vector_size<T>]) {
     using A = AccumulatorOf<T>;
     if (kShared && call.owner == Owner::group) {
         const ColumnValues<T, Value> values(call, slab);
-        over_teams(call, slab, v, [&](int column, const Value& value) { values.set(column, slab.chunk, value); });
+        columns([&](int column, const Value& value) { values.set(column, slab.chunk, value); });
         before();
         meet_group(call, slab.chunk);
         // q and r of the sets, or mean and rstd
@@ -104,8 +125,8 @@ NF_DEVICE void over_owned_sets(const Call& call, const Slab<T, false>& slab, Val
             numbers.leave(set, {firsts.load_coherent(set), seconds.load_coherent(set)});
         return numbers.take(call, slab, first, second);
     }
-    const Table<A, Value> own(call.exchange_offset, 1, slab.team * vector_size<T>);
-    over_teams(call, slab, v, [&](int column, const Value& value) { own.set(0, column, value); });
+    const Table<A, Value> own = exchanged_columns<T, Value>(call, slab);
+    columns([&](int column, const Value& value) { own.set(0, column, value); });
     before();
     const bool cluster = kShared && call.owner == Owner::cluster, stores = slab.chunk == 0;
     if (cluster) sync_cluster();

@@ -172,7 +172,46 @@ inline void cut(Walk& w, int64_t chunks, bool exactly) {
     w.chunks = exactly ? chunks : ceil_div(w.rows, w.chunk_rows) * w.vector_chunks;
 }
 
+// Batch-instance norm: slabs for at most ``chunks`` blocks (``exactly`` as in cut), of whole samples, or where there are more blocks than samples
+// of pieces of one; and teams that keep to a sample each, of ``want`` vectors to a thread. A team reads 32 bytes at a time at least. False
+// where samples outnumber teams.
+inline bool keep_apart(Walk& w, const Problem& p, bool wide, int64_t chunks, bool exactly, int want, int V, int most) {
+    const auto two_to = [](int64_t n) { return n < 1 ? 0 : power_of_2(n + 1) / 2; };  // the largest power of 2 up to n
+    const int64_t samples = ceil_div(p.N, chunks);
+    int64_t pieces = std::max<int64_t>(1, chunks / p.N);
+    if (wide) {
+        w.chunk_vectors = int(ceil_div(w.row_vectors, pieces));
+        if (pieces > 1 && w.chunk_vectors >= 64) w.chunk_vectors = int(round_up(w.chunk_vectors, 8));  // whole lines of 128 bytes
+        w.vector_chunks = int(exactly ? pieces : ceil_div(w.row_vectors, w.chunk_vectors));
+        pieces = w.vector_chunks;
+        w.chunk_rows = w.teams = int(std::min(samples, too_many - 1));
+        const int64_t useful = ceil_div(w.chunk_vectors, want), least = std::min(2, w.chunk_vectors);
+        w.team = int(samples == 1 ? std::min<int64_t>(most, round_up(useful, 32))
+                                  : std::min(two_to(most / samples), std::max(least, power_of_2(useful))));
+        if (w.team < least) return false;
+    } else {
+        const int64_t positions = ceil_div(p.S, pieces);
+        w.team = int(w.slice / V);
+        w.samples = int(std::min(samples, too_many - 1));
+        w.sample_rows = p.S;
+        w.chunk_rows = int(std::min(positions, too_many - 1));
+        w.chunk_vectors = w.team;
+        w.pieces = int(exactly ? pieces : ceil_div(p.S, w.chunk_rows));
+        pieces = w.pieces;
+        const int64_t teams = std::max(most, w.team) / w.team / samples, useful = ceil_div(positions, want);
+        w.teams = int(samples == 1 ? std::min(teams, useful) : std::min(two_to(teams), power_of_2(useful)));
+        if (w.teams < 1) return false;
+    }
+    w.chunks = exactly ? chunks : ceil_div(p.N, samples) * pieces;
+    return true;
+}
+
 inline void finish_walk(Walk& w, bool wide, int V) {
+    if (w.samples == 0) {
+        w.samples = 1;
+        w.sample_rows = w.rows;
+        w.pieces = int(w.chunks);
+    }
     w.per_row = int(ceil_div(w.chunk_vectors, w.team));
     w.steps = int(ceil_div(w.chunk_rows, w.teams)) * w.per_row;
     w.units = wide ? ceil_div(w.outers, w.sets_per_block) * w.chunks : w.outers * w.chunks * w.slices;
@@ -206,7 +245,8 @@ inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& 
     const bool backward = step == Step::norm_act_backward || step == Step::grad_moments || step == Step::grad_apply;
     const bool position = p.scope == Scope::position;
     const int batch = backward ? gradient_batch : forward_batch;
-    const int values = !backward ? 4 : own_instantiation(p) ? 2 : 3;  // numbers that reductions carry
+    const bool apart = p.rule == Rule::batch_instance;  // teams keep to a sample
+    const int values = !backward ? 4 : (own_instantiation(p) ? 2 : 3) + apart;  // numbers that reductions carry
     Plan plan;
     plan.wide = view.wide;
     plan.rows = view.rows;
@@ -215,13 +255,16 @@ inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& 
     // what has to stay on chip: x, or dy and x and what z is recomputed from
     const bool source = backward && p.residual_mode == ResidualMode::pre_act && p.act != Act::identity;
     const int vector_bytes = backward ? 32 + (source ? (p.masked() ? 1 : 16) : 0) : 16;
-    const bool sums_needed = !backward || p.batch_statistics || needs.parameters;
+    const bool sums_needed = !backward || p.batch_statistics || needs.parameters || apart;
 
+    const auto table_rows = [&](const Plan& at) {
+        return apart ? at.walk.samples * at.walk.rows_of_sample() : at.walk.folds ? at.threads / 32 : at.walk.teams;
+    };
     const auto memory = [&](Plan& at) -> int64_t {  // offsets behind the slab; the reductions of wide sets need one exchange between warps
         const Walk& w = at.walk;
         const int64_t slab = round_up(int64_t(w.resident + w.spare) * batch * at.threads * vector_bytes, 16);
         const int64_t lanes =
-            at.wide ? 0 : int64_t(values) * std::max(w.team * V * (w.folds ? at.threads / 32 : w.teams), at.threads) * accumulator;
+            at.wide ? 0 : int64_t(values) * std::max(w.team * V * table_rows(at), at.threads) * accumulator;
         const int64_t tail = backward ? 4 * at.threads * accumulator : 0;  // grad_parameters.cuh in the last block
         const int64_t columns = slab + round_up(std::max<int64_t>({int64_t(values) * 32 * accumulator, lanes, tail}), 16);
         const int64_t exchange = columns + (at.wide ? 0 : round_up(int64_t(2) * w.team * V * accumulator, 16));
@@ -240,7 +283,9 @@ inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& 
     };
     // Offsets from a slab's corner are 32-bit
     const auto spans = [&](const Walk& w) {
-        return (int64_t(w.chunk_rows) - 1) * w.row_stride + int64_t(w.chunk_vectors) * V < (int64_t(1) << 32) - 64;
+        const int64_t before = (w.samples - 1) * w.sample_rows;
+        return (before + w.chunk_rows - 1) * w.row_stride + int64_t(w.chunk_vectors) * V < (int64_t(1) << 32) - 64 &&
+               before + w.chunk_rows < too_many;
     };
 
     // ------------------------------------------------------------------------------------------------ single_pass
@@ -253,7 +298,15 @@ inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& 
         if (view.wide) {
             const int64_t vectors = w.rows * w.row_vectors;
             if (w.rows > (int64_t(1) << 30)) return false;
-            if (vectors <= 64) {  // several sets to a block, a group of lanes each
+            // with many sets small blocks, several to a processor, some loading while others sum or store, and as many vectors to a
+            // thread as it asks for ahead; few sets share out as widely as they can
+            const bool many = w.outers >= 2 * int64_t(limits.processors);
+            const int want = many ? batch * (landing_ahead + 1) : batch, most = many ? 256 : threads_of<true>;
+            if (apart) {
+                if (!keep_apart(w, p, true, 1, false, want, V, most)) return false;
+                row_vectors = w.chunk_vectors;
+                at.threads = int(round_up(w.team * w.teams, 32));
+            } else if (vectors <= 64) {  // several sets to a block, a group of lanes each
                 const int group = int(std::min<int64_t>(32, power_of_2(ceil_div(vectors, 2))));
                 w.team = int(std::min<int64_t>(group, power_of_2(w.row_vectors)));
                 w.teams = group / w.team;
@@ -266,10 +319,7 @@ inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& 
                 w.teams = 1;
                 at.threads = w.team;
             } else {
-                // with many sets small blocks, several to a processor, some loading while others sum or store, and as many vectors to a
-                // thread as it asks for ahead; few sets share out as widely as they can
-                const bool many = w.outers >= 2 * int64_t(limits.processors);
-                share_out(w, w.rows, w.row_vectors, many ? batch * (landing_ahead + 1) : batch, power, many ? 256 : threads_of<true>);
+                share_out(w, w.rows, w.row_vectors, want, power, most);
                 at.threads = int(round_up(w.team * w.teams, 32));
             }
             w.slice = w.cols;
@@ -282,10 +332,11 @@ inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& 
             w.slices = ceil_div(w.cols, w.slice);
             row_vectors = int(w.slice / V);
             w.team = row_vectors;
-            share_rows(w, w.rows, batch, 256);
-            at.threads = int(round_up(w.team * w.teams, 32));
+            if (!apart) share_rows(w, w.rows, batch, 256);
+            else if (!keep_apart(w, p, false, 1, false, batch, V, 256)) return false;
+            at.threads = int(round_up(w.team * w.teams * std::max(1, w.samples), 32));
         }
-        w.chunk_rows = int(w.rows);
+        if (!apart) w.chunk_rows = int(w.rows);
         w.chunk_vectors = row_vectors;
         finish_walk(w, view.wide, V);
         const int batches = int(ceil_div(w.steps, batch));
@@ -340,20 +391,24 @@ inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& 
         at.route = Route::single_pass;
         at.owner = owner;
         w.slice = slice;
-        if (view.wide) {
-            cut(w, chunks, owner == Owner::cluster);
-            share_out(w, w.chunk_rows, w.chunk_vectors, batch, backward && !w.one_channel, most);
-        } else {
+        if (!view.wide) {
             w.slices = ceil_div(w.cols, slice);
             w.chunks_adjoin = true;
             if (w.rows > (int64_t(1) << 30)) return false;
+        }
+        if (apart) {
+            if (!keep_apart(w, p, view.wide, chunks, owner == Owner::cluster, batch, V, most)) return false;
+        } else if (view.wide) {
+            cut(w, chunks, owner == Owner::cluster);
+            share_out(w, w.chunk_rows, w.chunk_vectors, batch, backward && !w.one_channel, most);
+        } else {
             w.chunk_rows = int(ceil_div(w.rows, chunks));
             w.chunks = owner == Owner::cluster ? chunks : ceil_div(w.rows, w.chunk_rows);
             w.chunk_vectors = w.team = int(slice / V);
             share_rows(w, w.chunk_rows, batch, most);
         }
         if (w.chunks < 2) return false;
-        at.threads = int(round_up(w.team * w.teams, 32));
+        at.threads = int(round_up(w.team * w.teams * std::max(1, w.samples), 32));
         finish_walk(w, view.wide, V);
         if (!spans(w) || w.units >= too_many) return false;
         const int batches = int(ceil_div(w.steps, batch));
@@ -416,6 +471,7 @@ inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& 
         }
         const int64_t room = half(s.reductions);  // none where the reductions of wide rows take it all: fits() decides then
         s.needed = room > 0 ? ceil_div(s.bytes, room) : 0;
+        if (apart) s.needed = std::max(s.needed, ceil_div(p.N, view.wide ? half_threads / 2 : std::max<int64_t>(1, half_threads * V / slice)));
         s.useful = std::max<int64_t>(1, s.bytes / least);
         s.wanted = std::max(s.needed, std::min(ceil_div(2 * processors, s.held), s.useful));
         return s;
@@ -533,7 +589,7 @@ inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& 
         if (!streaming(route)) streaming(route, true);
     };
 
-    if (step == Step::apply || step == Step::grad_apply || (step == Step::norm_act && !p.batch_statistics) ||
+    if (step == Step::apply || step == Step::grad_apply || (step == Step::norm_act && !p.batch_statistics && !apart) ||
         (step == Step::norm_act_backward && !sums_needed && !position)) {
         stream(Route::apply_only);
     } else if (step == Step::moments || step == Step::grad_moments) {

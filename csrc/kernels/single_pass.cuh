@@ -6,11 +6,13 @@
 // last of them to finish may move it on.
 #pragma once
 
-#include "apply.cuh"
+#include "samples.cuh"
 
 namespace normfused {
 
-template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>) single_pass_kernel(NF_GRID_CONSTANT Call call) {
+// ``kApart``: with statistics of every sample, too (samples.cuh)
+template <class T, bool kWide, bool kRows, int kAct, bool kApart>
+NF_KERNEL(threads_of<kWide>) single_pass_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     const Arguments& t = call.tensors;
     const int64_t batches_before = call.problem.cumulative ? counted_batches(call) : 0;
@@ -34,12 +36,16 @@ template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>
         } else {
             collect(call, slab, landing, batch, m);
         }
-        finish_sets<T, kWide, kRows>(call, slab, m, false, batches_before, c);
-        c.renew(call, slab);
+        if constexpr (kApart) {
+            finish_samples<T, kWide, kRows>(call, slab, m, batches_before, c);
+        } else {
+            finish_sets<T, kWide, kRows>(call, slab, m, false, batches_before, c);
+            c.renew(call, slab);
+        }
         apply_slab<T, kWide, kRows, kAct>(call, slab, landing, true, batch, c, NormEpilogue());
     }
     leave_owners(call);
-    if (call.problem.scope == Scope::channel && t.counter) {
+    if (call.problem.scope == Scope::channel && call.problem.batch_statistics && t.counter) {
         const Global<int64_t> counter(t.counter);
         const bool last = call.problem.cumulative ? last_to_arrive(Global<uint32_t>(t.arrivals), grid_blocks()) : block_index() == 0;
         if (last && thread_index() == 0) counter.store(0, counter.load_coherent(0) + 1);

@@ -34,7 +34,8 @@ template <class T, bool kWide> struct Slab {
     int channel0, chunk;
     int rows, columns, least_column;
     int vectors, per_row, steps;  // of a row; that a thread meets in a row, in all rows. Absent ones at the edges counted
-    int team, teams, lane, row_lane;  // this thread is number ``lane`` of team ``row_lane``
+    int team, teams, lane, behind;  // this thread is number ``lane`` of its team, from which on there are ``behind``
+    int before;                     // narrow, where teams keep to a sample each: the slab's rows before its sample
     int set_in_block;
     uint32_t row_stride, phase_mask;
     const int64_t& elements;  // of the tensor; where kernels are given it, which takes no register
@@ -71,11 +72,17 @@ template <class T, bool kWide> struct Slab {
             first_column = (w.chunks_adjoin ? at_slow : at_fast) * w.slice;
             live = true;
         }
-        row_lane = thread / team;
-        lane = thread - row_lane * team;
+        int number = thread / team;
+        lane = thread - number * team;
+        const int sample = !kWide && w.samples > 1 ? min_(number / teams, w.samples - 1) : 0;
+        number -= sample * teams;
+        behind = teams - number;
+        before = int(sample * w.sample_rows);
         const int64_t high = quotient(outer, w.period), low = outer - high * w.period;
         const int row_chunk = chunk / w.vector_chunks, vector_chunk = chunk - row_chunk * w.vector_chunks;
-        row0 = int64_t(row_chunk) * w.chunk_rows;
+        const int first_sample = kWide ? 0 : row_chunk / w.pieces * w.samples;
+        const int64_t cut = int64_t(kWide ? row_chunk : row_chunk % w.pieces) * w.chunk_rows;
+        row0 = first_sample * w.sample_rows + cut;
         first_column += int64_t(vector_chunk) * w.chunk_vectors * V;
         corner = high * w.high_stride + low * w.low_stride + row0 * w.row_stride + first_column;
         skew = uint32_t(corner) & phase_mask;
@@ -85,7 +92,7 @@ template <class T, bool kWide> struct Slab {
         column0 = int(first_column);  // used where columns are channels or sets, which are fewer than 2^31
         vector0 = int(first_column / V);
         // threads that fill up the last warp, and groups without a set, have no rows
-        rows = live && row_lane < teams ? int(min_(w.rows - row0, int64_t(w.chunk_rows))) : 0;
+        rows = live && behind > 0 ? int(before + min_(min_(w.rows - row0 - before, w.sample_rows - cut), int64_t(w.chunk_rows))) : 0;
         const int64_t left = (kWide ? w.cols : min_(w.cols, first_column + w.slice)) - first_column;
         columns = int(min_(left, int64_t(w.chunk_vectors) * V + V));
         least_column = vector_chunk == 0 ? 0 : -V;
@@ -95,10 +102,12 @@ template <class T, bool kWide> struct Slab {
         steps = w.steps;
     }
 
-    NF_DEVICE Cursor start() const { return {row_lane, lane}; }
+    NF_DEVICE int row_lane() const { return teams - behind; }  // this thread's team
+    NF_DEVICE int first_row() const { return kWide ? row_lane() : before + row_lane(); }
+    NF_DEVICE Cursor start() const { return {first_row(), lane}; }
     NF_DEVICE Cursor after(int steps_done) const {
         const int rows_done = steps_done / per_row;
-        return {row_lane + rows_done * teams, lane + (steps_done - rows_done * per_row) * team};
+        return {first_row() + rows_done * teams, lane + (steps_done - rows_done * per_row) * team};
     }
     NF_DEVICE bool has(const Cursor& c) const { return c.row < rows && c.vector < vectors; }
     NF_DEVICE bool row_ends(const Cursor& c) const { return c.vector + team >= per_row * team; }
@@ -122,7 +131,7 @@ template <class T, bool kWide> struct Slab {
         bool all = regular;
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
-            all = all && c.vector - lane + team <= vectors && c.row - row_lane + teams <= rows;
+            all = all && c.vector - lane + team <= vectors && c.row + behind <= rows;
             if (k + 1 < K) advance(c);
         }
         return all;
@@ -245,7 +254,7 @@ template <class T, bool kWide> struct Slab {
     NF_DEVICE int sets(const Walk& w) const { return kWide ? 1 : int(columns / w.width); }
     NF_DEVICE int64_t first_set(const Walk& w) const { return kWide ? outer : outer * w.sets_per_outer + column0 / w.width; }
     // The one thread that speaks for a set (wide), or for the columns of its lanes
-    NF_DEVICE bool speaks() const { return live && row_lane == 0 && (!kWide || lane == 0); }
+    NF_DEVICE bool speaks() const { return live && row_lane() == 0 && (!kWide || lane == 0); }
 };
 
 }  // namespace normfused

@@ -43,7 +43,7 @@ Workspace workspace(const Problem& p, Step step, const Needs& needs, const Plan&
     const Walk& w = plan.walk;
     Workspace s;
     const bool forward = step == Step::norm_act || step == Step::moments;
-    const int64_t columns = plan.wide ? w.outers : w.outers * w.cols, partial = (forward ? 4 : 3) * w.chunks * columns;
+    const int64_t columns = plan.wide ? w.outers : w.outers * w.cols, partial = (forward || p.rule == Rule::batch_instance ? 4 : 3) * w.chunks * columns;
     if (step == Step::moments || step == Step::grad_moments) s.partial = partial;
     if (step == Step::grad_moments) s.channel_sums = p.N * p.C;  // of act_weight
     if (step == Step::norm_act) {
@@ -208,6 +208,16 @@ class Run {
         call.scratch_offset = offset;
         return status;
     }
+    // Of all chunks of a slab one block settles them
+    int settle(Kernel kernel, const char* name) {
+        const Walk walk = call.walk;
+        call.walk.chunks = call.walk.vector_chunks = call.walk.pieces = 1;
+        const int status = launch_typed(
+            {kernel, plan.wide, plan.rows, uint32_t(plan.blocks / walk.chunks), uint32_t(plan.threads), uint32_t(plan.shared_bytes), name},
+            call, stream);
+        call.walk = walk;
+        return status;
+    }
     int parameters() {
         if (!has(call.tensors.dweight) && !has(call.tensors.dbias) && !has(call.tensors.dact_weight) && !has(call.tensors.drule_weight))
             return ok;
@@ -322,7 +332,7 @@ int Run::slice_moments() {
     call.partial = take(space.partial);
     call.partials = plan.walk.chunks;
     const int status = (*this)(Kernel::moments, "moments");
-    return status == ok ? (*this)(Kernel::settle, "settle") : status;
+    return status == ok ? settle(Kernel::settle, "settle") : status;
 }
 
 int Run::slice_gradients() {
@@ -332,7 +342,7 @@ int Run::slice_gradients() {
     call.channel_sums[sum_dz] = call.tensors.sum_dz;
     call.channel_sums[sum_dz_xc] = call.tensors.sum_dz_xc;
     call.channel_sums[sum_act] = has(call.tensors.dact_weight) ? take(space.channel_sums) : nullptr;
-    if (status == ok) status = (*this)(Kernel::grad_settle, "grad_settle");
+    if (status == ok) status = settle(Kernel::grad_settle, "grad_settle");
     if (status != ok || !has(call.tensors.dact_weight)) return status;
     call.channel_sums[sum_dz] = call.channel_sums[sum_dz_xc] = nullptr;
     call.entries = problem.N;
@@ -385,7 +395,6 @@ Requirements requirements(const Problem& problem, Step step, const Needs& needs,
 
 int run(const Problem& problem, Step step, const Needs& needs, const Limits& limits, const Arguments& args, void* stream) {
     if (problem.elements() == 0) return ok;
-    if (problem.rule == Rule::batch_instance) return not_supported;
     bool pool = true;
     Plan plan = choose_plan(problem, step, needs, limits, pool, forced_route);
     if (args.arrivals == nullptr && workspace(problem, step, needs, plan, pool).arrivals > 0) {
@@ -395,9 +404,12 @@ int run(const Problem& problem, Step step, const Needs& needs, const Limits& lim
     // beyond 2^31 - 1 blocks, or groups among 2^20 channels and more (walk.h): no plan
     if (plan.blocks <= 0 || plan.blocks >= planning::too_many || (!plan.wide && plan.walk.width > 1 && problem.C >= 1 << 20))
         return not_supported;
+    const bool by_steps = problem.rule == Rule::batch_instance;  // where no single pass takes it, the caller has another way
+    if (by_steps && plan.route != Route::single_pass) return not_supported;
     const int status = run_plan(problem, step, needs, plan, args, pool, stream);
     if (plan.owner != Owner::group || status != too_large_to_be_cooperative) return status;
-    return run_plan(problem, step, needs, instead_of_groups(problem, step, needs, limits, pool), args, pool, stream);
+    return by_steps ? not_supported
+                    : run_plan(problem, step, needs, instead_of_groups(problem, step, needs, limits, pool), args, pool, stream);
 }
 
 int describe(const Problem& problem, Step step, const Needs& needs, const Limits& limits, bool pool, char* text, int size) {

@@ -32,12 +32,19 @@ struct Walk {
     int64_t slice, slices;  // narrow; a multiple of the vector and of width
     int64_t chunks;  // = row chunks * vector_chunks
     int chunk_rows, chunk_vectors, vector_chunks;
+    // narrow, of batch-instance norm, whose teams keep to a sample each: samples of a slab, or pieces that one of them is cut into, each
+    // with ``teams`` teams. Else there is one, of all rows, cut into all chunks. Wide rows are samples anyway: a team has one of them
+    int samples, pieces;
+    int64_t sample_rows;
     int per_row, steps;  // vectors that a thread meets in a row and in all rows of a slab
     int64_t units;  // slabs of the launch, all chunks counted
     bool chunks_adjoin;  // neighbouring units are chunks of the same sets, which exchange; else slices, which share lines of memory
     // threads: ``teams`` teams of ``team`` threads; a team takes a row, a thread every team-th vector of it
     int team, teams;
     bool folds;  // narrow: teams are a power of two below 32, and those of a warp merge their sums by shuffles
+
+    // rows of a narrow slab's table of values per column, before they are merged: those of one sample, where teams keep to theirs
+    constexpr int rows_of_sample() const { return folds ? (team * teams + 31) / 32 : teams; }
     int sets_per_block;  // wide: several small sets to a block, each with team*teams threads (then at most 32)
     // the batches of vectors that stay on chip between the two passes over a slab, at the end of the walk; the last in registers
     int resident, spare;  // places in shared memory for them, and beyond them for batches of the next slab
