@@ -79,8 +79,9 @@ def readable(mangled: str) -> str | None:
     numbers = [int(text.replace("n", "-")) for text in re.findall(r"Li(n?\d+)E", arguments)]
     view = "/".join(names[flag] for names, flag in zip((("narrow", "wide"), ("columns", "rows")), flags, strict=False))
     acts = ["other acts" if n < 0 else ACTS[n] for n in numbers[:1]]
-    rest = [f"+{n:d}" for n in (*flags[2:], *numbers[1:])]  # template arguments that this function does not know yet
-    return " ".join(word for word in (kernel, TYPES[kind], view, *acts, *rest) if word)
+    apart = ["samples"] if flags[2:3] == [True] else []  # of a single pass: statistics of every sample, too
+    rest = [f"+{n:d}" for n in (*flags[3:], *numbers[1:])]  # template arguments that this function does not know yet
+    return " ".join(word for word in (kernel, TYPES[kind], view, *acts, *apart, *rest) if word)
 
 
 def family(name: str) -> str:

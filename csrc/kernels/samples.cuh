@@ -109,7 +109,6 @@ NF_DEVICE void over_samples(const Call& call, const Slab<T, false>& slab, const 
     over_owned_sets<true, T, Value>(call, slab, columns, before, [](int, const Value&, bool) {}, on_set, first, second);
     if (sample.pieces == 1) return;
     const Table<A, Value> table(call.scratch_offset, 1, slab.team * V), mine = exchanged_columns<T, Value>(call, slab);
-    sync_block();
     for (int column = int(thread_index()); column < slab.columns; column += int(block_threads())) {
         const auto piece = [&](int chunk) {
             return call.owner == Owner::cluster ? mine.on_block(unsigned(chunk)).get(0, column)

@@ -145,6 +145,18 @@ FAULTS: dict[str, tuple[str, str, str, list[str]]] = {
         "const Pair<A> running = {late.mean, late.deviation};",
         ["test_races.py::test_no_races_of_any_type[renorm columns, cluster-dtype0-4]"],
     ),
+    "a team keeps to its neighbour's sample": (
+        "samples.cuh",
+        "int64_t(group) * w.samples + in_slab(w);",
+        "int64_t(group) * w.samples;",
+        ["test_races.py::test_no_races_of_any_type[samples in columns, a block-dtype0-4]"],
+    ),
+    "a piece stands for its sample": (
+        "samples.cuh",
+        "if (sample.pieces > 1) v[0] = exchange.merged(sample.first_chunk, sample.first_chunk + sample.pieces);",
+        "",
+        ["test_races.py::test_no_races_of_any_type[pieces of samples, cluster-dtype0-4]"],
+    ),
     "neighbours are summed": (
         "slab.cuh",
         "if (j < s.first || j >= s.last) v.data[j] = narrow<T>(0);",

@@ -28,7 +28,7 @@ import normfused.functional as F
 from bench import slab_plans
 from normfused import explain
 from normfused.backends.cuda import _load
-from normfused.problem import CHANNEL, NHWC, POSITION, SAMPLE_GROUP, STANDARD, Problem
+from normfused.problem import BATCH_INSTANCE, CHANNEL, MEAN_ONLY, NHWC, POSITION, RENORM, RMS, SAMPLE_GROUP, STANDARD, Problem
 
 from ..emulation.machine import ROOT, compile_command
 from ..support import cases
@@ -46,6 +46,7 @@ DEVICES = {
 }
 BLOCK, CLUSTER, GROUP = range(3)
 SCOPES = [CHANNEL, SAMPLE_GROUP, POSITION]
+RULES = [STANDARD, RMS, MEAN_ONLY, RENORM, BATCH_INSTANCE]
 TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 STEPS = ["norm_act", "norm_act_backward", "moments", "apply", "grad_moments", "grad_apply"]
 WHOLE_STEPS = STEPS[:2]
@@ -71,6 +72,7 @@ class Question:
     act: int = 1  # relu
     device: tuple[int, ...] = DEVICES["H200"]
     columns: bool = False
+    rule: str = STANDARD
 
     @property
     def V(self) -> int:
@@ -85,7 +87,7 @@ class Question:
         route = ROUTES[self.route]
         residual = {None: 0, "pre_act": 1, "post_act": 2, "pre_norm": 3}[self.residual]
         numbers = (
-            SCOPES.index(self.scope), self.layout == NHWC, TYPES.index(self.dtype), self.N, self.C, self.S, self.groups, 0,
+            SCOPES.index(self.scope), self.layout == NHWC, TYPES.index(self.dtype), self.N, self.C, self.S, self.groups, RULES.index(self.rule),
             self.batch_statistics, self.cumulative, residual, self.act, STEPS.index(self.step), 7, route, self.pool, *self.device,
             self.columns,
         )  # fmt: skip
@@ -94,7 +96,7 @@ class Question:
     @property
     def problem(self) -> Problem:
         return Problem(
-            self.scope, STANDARD, self.N, self.C, self.S, self.groups, self.layout, self.dtype, torch.device("cpu"),
+            self.scope, self.rule, self.N, self.C, self.S, self.groups, self.layout, self.dtype, torch.device("cpu"),
             1e-5, None if self.cumulative else 0.1, self.batch_statistics, cases.parse("relu" if self.act else None), self.residual,
         )  # fmt: skip
 
@@ -150,10 +152,10 @@ def check_legal(q: Question, launchable: bool = True) -> dict[str, Any]:
     assert 0 <= at["shared_bytes"] <= block_bytes, at
     assert at["blocks"] >= 1, at
     assert not launchable or at["blocks"] < 2**31, at
-    assert 1 <= at["team"] * at["teams"] * at["sets_per_block"] <= at["threads"], at
+    assert 1 <= at["team"] * at["teams"] * at["sets_per_block"] * at["samples"] <= at["threads"], at
     assert at["per_row"] == _ceil(at["chunk_vectors"], at["team"]), at
     assert at["steps"] == _ceil(at["chunk_rows"], at["teams"]) * at["per_row"] >= 1, at
-    least_chunks = _ceil(at["walk_rows"], at["chunk_rows"]) * at["vector_chunks"]
+    least_chunks = _ceil(at["walk_rows"] // at["sample_rows"], at["samples"]) * _ceil(at["sample_rows"], at["chunk_rows"]) * at["vector_chunks"]
     assert at["chunks"] == least_chunks or (at["owner"] == CLUSTER and least_chunks <= at["chunks"] <= q.device[4]), at
     assert at["vector_chunks"] * at["chunk_vectors"] >= at["row_vectors"] if at["wide"] else at["slices"] * at["slice"] >= at["cols"], at
     slabs = _ceil(at["outers"], at["sets_per_block"]) if at["wide"] else at["outers"] * at["slices"]
@@ -204,11 +206,13 @@ def questions(draw: st.DrawFn, length: st.SearchStrategy[int], width: st.SearchS
     if step not in WHOLE_STEPS:
         groups = C
     S = draw(length)
+    rule = draw(st.sampled_from([STANDARD, BATCH_INSTANCE])) if scope == CHANNEL and S > 1 and step in WHOLE_STEPS else STANDARD
     return Question(
         scope, draw(length), C, S, groups, draw(st.sampled_from(["nchw", NHWC])), draw(st.sampled_from(TYPES)), step,
         draw(st.sampled_from([None, "single_pass", "two_pass", "cluster", "group"])) if step in WHOLE_STEPS else None,
         draw(st.booleans()), scope == CHANNEL and draw(st.booleans()), scope != CHANNEL or draw(st.booleans()),
         draw(st.sampled_from([None, "pre_act", "post_act"])), draw(st.integers(0, 1)), draw(st.sampled_from(list(DEVICES.values()))),
+        rule=rule,
     )  # fmt: skip
 
 
@@ -288,6 +292,10 @@ def test_every_element_is_met_once(q: Question, processors: int, shared: int, la
         Question(CHANNEL, 2, 3, 40001),
         Question(CHANNEL, 40001, 3, 2),
         Question(CHANNEL, 2, 71, 2000, layout=NHWC),
+        Question(CHANNEL, 70, 3, 500, rule=BATCH_INSTANCE),
+        Question(CHANNEL, 5, 3, 40001, rule=BATCH_INSTANCE),
+        Question(CHANNEL, 37, 71, 50, layout=NHWC, rule=BATCH_INSTANCE),
+        Question(CHANNEL, 3, 24, 2000, layout=NHWC, rule=BATCH_INSTANCE),
         Question(SAMPLE_GROUP, 1, 4, 60007, 2),  # a row over several chunks
         Question(SAMPLE_GROUP, 2, 9000, 3, layout=NHWC),  # sets wider than a block
         Question(SAMPLE_GROUP, 1, 10002, 5, 2, layout=NHWC),
@@ -533,6 +541,34 @@ def test_a_group_without_room_takes_two_launches(act: str, machine: Machine, emu
                 launches.append([kernel["kernel"] for kernel in machine.counters()["kernels"]])
     assert launches[0] == ["single_pass", "grad_single_pass"]
     assert launches[1] == ["moments", "apply", "grad_moments", "grad_apply", "grad_parameters"]
+
+
+def test_batch_instance_norm_without_room_takes_the_steps(machine: Machine, emulated: None) -> None:
+    """It has no launch per pass: the moments of every (n, c) and the rule on them stand in."""
+    case = Case(CHANNEL, BATCH_INSTANCE, (8, 3, 64, 100), rule_weights=3, act="relu", residual="pre_act", tracked=True, limits=None)
+    launches = []
+    with forced("group", (4, 80000, 162048, 512, 1, 0)):
+        for processors in (4, 1):
+            made = replace(case, route="group")
+            with machine.mode(traffic=True):
+                machine.c.nf_emulation_limits(processors, 80000, 162048)
+                made.check()
+                launches.append([kernel["kernel"] for kernel in machine.counters()["kernels"]])
+    assert launches[0] == ["single_pass", "grad_single_pass"]
+    assert launches[1] == ["moments", "settle", "apply", "grad_moments", "grad_settle", "grad_apply"]
+
+
+LAYERS_OF_CHANNELS = [layer for layer in (*slab_plans.LAYERS, *slab_plans.LAYERS_NHWC) if layer.scope == CHANNEL]
+
+
+@pytest.mark.parametrize("step", WHOLE_STEPS)
+@pytest.mark.parametrize("layer", LAYERS_OF_CHANNELS, ids=lambda layer: f"{layer.name}, {layer.layout}")
+def test_batch_instance_norm_stays_on_chip_as_batch_norm_does(layer: slab_plans.Layer, step: str) -> None:
+    """Its teams keep to a sample each, which costs a slab a few threads, but hardly a part of what stays."""
+    q = Question(CHANNEL, layer.N, layer.C, layer.S, layout=layer.layout, step=step)
+    plain, apart = walks().plan(q), walks().plan(replace(q, rule=BATCH_INSTANCE))
+    assert plain["route"] == apart["route"]
+    assert apart["read_x"] <= plain["read_x"] + 0.05, (plain, apart)
 
 
 def test_what_is_refused_says_so(device: torch.device) -> None:

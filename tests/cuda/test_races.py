@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from normfused.problem import CHANNEL, MEAN_ONLY, NHWC, POSITION, PRE_NORM, RENORM, RMS, SAMPLE_GROUP
+from normfused.problem import BATCH_INSTANCE, CHANNEL, MEAN_ONLY, NHWC, POSITION, PRE_NORM, RENORM, RMS, SAMPLE_GROUP
 
 from ..support import cases
 from .cases import CRAMPED, FEW, ROOMY, SMALL, TINY, Case, Machine
@@ -22,6 +22,7 @@ from .test_steps import check_steps
 ORDERS = [("reverse", 0), ("starve", 1), ("starve", 2)]
 
 _RENORM: dict[str, Any] = {"scope": CHANNEL, "rule": RENORM, "tracked": True}
+_APART: dict[str, Any] = {"scope": CHANNEL, "rule": BATCH_INSTANCE, "tracked": True}
 
 # What meets all views, routes, reductions and hand-overs between launches; each as small as it can be
 REPRESENTATIVE: dict[str, dict[str, Any]] = {
@@ -199,6 +200,29 @@ REPRESENTATIVE: dict[str, dict[str, Any]] = {
     "renorm columns, cluster": {**_RENORM, "shape": (5, 72, 9, 7), "layout": NHWC, "route": "cluster", "act": "relu"},
     "renorm columns, groups of blocks": {**_RENORM, "shape": (9, 40, 9, 5), "layout": NHWC, "route": "group", "act": "silu"},
     "renorm columns, two": {**_RENORM, "shape": (3, 12, 24, 21), "layout": NHWC, "route": "two_pass", "act": "prelu"},
+    # statistics of every sample beside the batch's: teams of a sample each, samples in pieces, and blocks without a sample
+    "samples, a block": {**_APART, "rule_weights": 3, "shape": (5, 3, 9, 31), "route": "single_pass", "act": "prelu"},
+    "samples, a team of warps": {**_APART, "rule_weights": 3, "shape": (1, 3, 70, 31), "route": "single_pass", "momentum": None},
+    "samples, cluster": {**_APART, "rule_weights": 3, "shape": (9, 3, 9, 64), "route": "cluster", "act": "relu", "residual": "pre_act"},
+    "pieces of samples, cluster": {**_APART, "rule_weights": 2, "shape": (2, 2, 150, 96), "route": "cluster", "act": "silu"},
+    "pieces of samples, groups of blocks": {**_APART, "rule_weights": 2, "shape": (2, 2, 150, 96), "route": "group", "act": "relu"},
+    "samples, given": {**_APART, "rule_weights": 3, "shape": (8, 3, 9, 64), "route": "group", "batch_statistics": False},
+    "samples in columns, a block": {
+        **_APART, "rule_weights": 12, "shape": (9, 12, 8, 7), "layout": NHWC, "route": "single_pass", "act": "prelu",
+    },
+    "samples in columns, several warps each": {
+        **_APART, "rule_weights": 16, "shape": (2, 16, 24, 17), "layout": NHWC, "route": "single_pass", "act": "relu",
+    },
+    "samples in odd columns": {**_APART, "rule_weights": 5, "shape": (9, 5, 8, 7), "layout": NHWC, "route": "single_pass", "act": "silu"},
+    "samples in columns, cluster": {
+        **_APART, "rule_weights": 72, "shape": (9, 72, 5, 7), "layout": NHWC, "route": "cluster", "act": "relu", "residual": "pre_act",
+    },
+    "pieces of samples in columns, cluster": {
+        **_APART, "rule_weights": 24, "shape": (2, 24, 16, 37), "layout": NHWC, "route": "cluster", "act": "silu",
+    },
+    "pieces of samples in columns, groups of blocks": {
+        **_APART, "rule_weights": 40, "shape": (2, 40, 16, 37), "layout": NHWC, "route": "group", "act": "tlu", "momentum": None,
+    },
     "mean only": {"scope": CHANNEL, "rule": MEAN_ONLY, "shape": (3, 6, 9, 5), "tracked": True, "act": "relu", "residual": "pre_act"},
     "mean only columns, groups of blocks": {
         "scope": CHANNEL,

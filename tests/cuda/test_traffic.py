@@ -18,7 +18,7 @@ import torch
 
 from normfused.backends import cuda as backend
 from normfused.backends.cuda import _load
-from normfused.problem import CHANNEL, MEAN_ONLY, NHWC, POSITION, PRE_NORM, RENORM, RMS, SAMPLE_GROUP, Problem
+from normfused.problem import BATCH_INSTANCE, CHANNEL, MEAN_ONLY, NHWC, POSITION, PRE_NORM, RENORM, RMS, SAMPLE_GROUP, Problem
 
 from ..support import cases
 from .cases import LIMITS, SMALL, Case, Machine, forced
@@ -268,6 +268,29 @@ def test_rules_of_batch_norms_sets(rule: str, layout: str, route: str, machine: 
         for name in ("running_mean", "running_var") if rule == RENORM else ("running_mean",):
             assert forward.of(name)["write_bytes"] == 4 * case.p.C, name
             assert not backward.of(name), "running statistics are no part of a backward"
+
+
+@pytest.mark.parametrize("route", ["single_pass", "cluster", "group"])
+@pytest.mark.parametrize("layout", ["nchw", NHWC])
+@pytest.mark.parametrize("statistics", [True, False])
+def test_samples_take_no_pass_of_their_own(statistics: bool, layout: str, route: str, machine: Machine) -> None:
+    """Batch-instance norm reads x once for the statistics of the samples and of the batch, and so in evaluation."""
+    for rung in ("sectors", "ragged", "long"):
+        for mode in (MODES[0], MODES[2]):
+            case = Case(
+                CHANNEL, BATCH_INSTANCE, LADDER[rung], layout=layout, dtype=torch.bfloat16, route=route, tracked=True,
+                rule_weights=LADDER[rung][1], batch_statistics=statistics, **mode,
+            )  # fmt: skip
+            forward, backward = measure(case, machine)
+            for m in (forward, backward):
+                assert m.plan["route"] == "single_pass"
+            check_forward(forward)
+            check_backward(backward)
+            saved = 4 * case.p.C * (1 + case.p.N)
+            for name in ("mean", "rstd"):
+                assert forward.of(name)["write_bytes"] == saved, name
+            for name in ("running_mean", "running_var"):
+                assert forward.of(name).get("write_bytes", 0) == (4 * case.p.C if statistics else 0), name
 
 
 @pytest.mark.parametrize("route", ["cluster", "group"])

@@ -82,6 +82,7 @@ template <class T, bool kWide> const char* cover(const Problem& p, const Plan& p
     for (int64_t unit = 0; unit < w.units; ++unit)
         for (thread.index = 0; thread.index < unsigned(threads); ++thread.index) {
             const Slab<T, kWide> slab(w, unit);
+            int64_t sample = -1;  // that a thread keeps to, where samples have statistics of their own
             auto cursor = slab.start(), back = slab.after(w.steps);
             for (int step = 0; step < w.steps; ++step) slab.retreat(back);
             if (cursor.row != back.row || cursor.vector != back.vector) return say("unit %lld: the way back ends elsewhere", (long long)unit);
@@ -94,7 +95,13 @@ template <class T, bool kWide> const char* cover(const Problem& p, const Plan& p
                     (plain.at != s.at || plain.row != s.row || plain.column != s.column || s.first != 0 || s.last != (Slab<T, kWide>::V) || !s.whole))
                     return say("unit %lld, thread %u: step %d is not plain", (long long)unit, thread.index, step);
                 if (const char* why = wrong(p, w, kWide, columns ? false : plan.rows, columns, slab, s)) return why;
-                for (int j = s.first; j < s.last; ++j) ++elements[slab.corner + s.at + j];
+                for (int j = s.first; j < s.last; ++j) {
+                    const int64_t at = slab.corner + s.at + j, n = place_of(p, at).n;
+                    if (p.rule == Rule::batch_instance && plan.route == Route::single_pass && sample >= 0 && n != sample)
+                        return say("unit %lld, thread %u: of samples %lld and %lld", (long long)unit, thread.index, (long long)sample, (long long)n);
+                    sample = n;
+                    ++elements[at];
+                }
                 if (!s.empty()) ++mask[slab.mask_at(w, cursor)];
                 slab.advance(cursor);
             }
@@ -154,13 +161,13 @@ const char* nf_plan(const Question* q) {
                   "\"settles\": %d, \"outers\": %lld, \"period\": %lld, \"high_stride\": %lld, \"low_stride\": %lld, \"walk_rows\": %lld, \"row_stride\": %lld, "
                   "\"cols\": %lld, \"row_vectors\": %d, \"slice\": %lld, \"slices\": %lld, \"chunks\": %lld, \"chunk_rows\": %d, \"chunk_vectors\": %d, "
                   "\"vector_chunks\": %d, \"per_row\": %d, \"steps\": %d, \"units\": %lld, \"team\": %d, \"teams\": %d, \"sets_per_block\": %d, "
-                  "\"resident\": %d, \"phase_mask\": %d, \"batch\": %d, \"owner\": %d, \"groups\": %d, \"spare\": %d, \"read_x\": %.9g, \"chunks_adjoin\": %d, \"mask_shift\": %d, \"folds\": %d, \"plain\": %d}",
+                  "\"resident\": %d, \"phase_mask\": %d, \"batch\": %d, \"owner\": %d, \"groups\": %d, \"spare\": %d, \"read_x\": %.9g, \"chunks_adjoin\": %d, \"mask_shift\": %d, \"folds\": %d, \"plain\": %d, \"samples\": %d, \"sample_rows\": %lld}",
                   int(plan.route), q->columns ? 0 : plan.wide, q->columns ? 0 : plan.rows, q->columns ? plan.columns_threads : plan.threads,
                   (long long)(q->columns ? w.units : plan.blocks), plan.shared_bytes, plan.scratch_offset, plan.columns_pass, plan.settles, (long long)w.outers,
                   (long long)w.period, (long long)w.high_stride, (long long)w.low_stride, (long long)w.rows, (long long)w.row_stride, (long long)w.cols,
                   w.row_vectors, (long long)w.slice, (long long)w.slices, (long long)w.chunks, w.chunk_rows, w.chunk_vectors, w.vector_chunks, w.per_row,
                   w.steps, (long long)w.units, w.team, w.teams, w.sets_per_block, w.resident, w.phase_mask, plan.batch,
-                  int(plan.owner), plan.groups, w.spare, plan.read_x, w.chunks_adjoin, w.mask_shift, w.folds, w.plain);
+                  int(plan.owner), plan.groups, w.spare, plan.read_x, w.chunks_adjoin, w.mask_shift, w.folds, w.plain, w.samples, (long long)w.sample_rows);
     return text;
 }
 }
