@@ -16,7 +16,7 @@ import torch
 
 from normfused.activations import parse
 from normfused.backends.cuda import _load
-from normfused.problem import CHANNEL, NCHW, NHWC, POSITION, PRE_ACT, SAMPLE_GROUP, STANDARD, Problem
+from normfused.problem import BATCH_INSTANCE, CHANNEL, NCHW, NHWC, POSITION, PRE_ACT, SAMPLE_GROUP, STANDARD, Problem
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "slabs.md"
 H200 = {
@@ -40,6 +40,7 @@ class Layer:
     groups: int = 1
     layout: str = NCHW
     residual: str | None = None
+    rule: str = STANDARD
 
     @property
     def sets(self) -> int:
@@ -57,7 +58,7 @@ class Layer:
 
     def problem(self) -> Problem:
         return Problem(
-            self.scope, STANDARD, self.N, self.C, self.S, self.groups, self.layout, torch.bfloat16, torch.device("cpu"), 1e-5, 0.1, True,
+            self.scope, self.rule, self.N, self.C, self.S, self.groups, self.layout, torch.bfloat16, torch.device("cpu"), 1e-5, 0.1, True,
             parse("relu"), self.residual,
         )  # fmt: skip
 
@@ -83,6 +84,10 @@ LAYERS = [
     Layer("IN 4x64x512²", SAMPLE_GROUP, 4, 64, 512 * 512, 64),
     Layer("LN over (C, H, W), 8x256x56²", SAMPLE_GROUP, 8, 256, 56 * 56, 1),
     Layer("LN over C of ConvNeXt-T b128, 96@56²", POSITION, 128, 96, 56 * 56),
+    *(
+        Layer(f"BIN, {n}x{c}x{s}²", CHANNEL, n, c, s * s, rule=BATCH_INSTANCE)
+        for n, c, s in ((1, 64, 256), (16, 256, 64), (32, 256, 56), (32, 2048, 7), (256, 256, 56))
+    ),
     Layer("RMS 16384x4096", POSITION, 16384, 4096, 1),
     Layer("LN 1024x12288", POSITION, 1024, 12288, 1),
 ]
@@ -97,7 +102,7 @@ LAYERS_NHWC = [
 
 
 def owner(plan: dict[str, Any]) -> str:
-    if plan["route"] == "two_pass":
+    if plan["route"] != "single_pass":
         return "none (two passes)"
     if plan["owner"] == "cluster":
         return f"cluster of {plan['chunks']}"

@@ -388,7 +388,17 @@ def _fake_norm_act(
 
 
 def _fake_norm_act_backward(
-    dy: Any, dh: Any, x: Tensor, z_source: Any, weight: Any, bias: Any, act_weight: Any, rule_weight: Any, mean: Any, rstd: Any, *static: Any
+    dy: Any,
+    dh: Any,
+    x: Tensor,
+    z_source: Any,
+    weight: Any,
+    bias: Any,
+    act_weight: Any,
+    rule_weight: Any,
+    mean: Any,
+    rstd: Any,
+    *static: Any,
 ) -> Any:
     *_, need_x, need_residual, need_parameters = static
     empty = x.new_empty(0)

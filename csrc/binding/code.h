@@ -33,8 +33,7 @@ struct NeedsCode {
 
 constexpr bool is_code(int64_t code) {
     return code >= 0 && code >> 17 == 0 && (code & 3) <= static_cast<int64_t>(Scope::position) &&
-           (code >> 14 & 7) <= static_cast<int64_t>(Rule::batch_instance) &&
-           (code >> 8 & 63) <= static_cast<int64_t>(Act::tlu);
+           (code >> 14 & 7) <= static_cast<int64_t>(Rule::batch_instance) && (code >> 8 & 63) <= static_cast<int64_t>(Act::tlu);
 }
 
 }  // namespace normfused

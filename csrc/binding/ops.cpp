@@ -182,7 +182,8 @@ using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Four norm_act(const Tensor& x, const Optional& residual, const Optional& weight, const Optional& bias, const Optional& act_weight,
               const Optional& rule_weight, const Optional& running_mean, const Optional& running_var, const Optional& num_batches_tracked,
-              int64_t code, int64_t groups, double eps, double momentum, double p0, double p1, const Optional& r_max, const Optional& d_max) {
+              int64_t code, int64_t groups, double eps, double momentum, double p0, double p1, const Optional& r_max,
+              const Optional& d_max) {
     Call call("norm_act", x, code, groups);
     Problem& p = call.problem;
     p.eps = eps;

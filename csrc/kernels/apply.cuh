@@ -136,8 +136,8 @@ template <class T, bool kWide, bool kRows> NF_DEVICE void finish_sets(const Call
                 [&](int set, const Moments<A>& sum) { return on_set(set, sum, stores); }, c.mean, c.rstd);
         } else {
             over_owned_sets<!kRows, T, Moments<A>>(
-                call, slab, [&](const auto& on_column) { over_teams(call, slab, m, on_column); }, before, [](int, const Moments<A>&, bool) {},
-                on_set, c.mean, c.rstd);
+                call, slab, [&](const auto& on_column) { over_teams(call, slab, m, on_column); }, before,
+                [](int, const Moments<A>&, bool) {}, on_set, c.mean, c.rstd);
         }
     }
 }

@@ -14,7 +14,8 @@ template <bool kWide> constexpr int threads_of = kWide ? 512 : 384;
 
 // Activations with kernels of their own (kernels.cuh); the others share one, which may have a parameter's gradient to sum
 constexpr bool own_instantiation(const Problem& p) {
-    return p.rule != Rule::batch_instance && p.type != Type::float64 && (p.act == Act::identity || p.act == Act::relu || p.act == Act::leaky_relu || p.act == Act::silu);
+    return p.rule != Rule::batch_instance && p.type != Type::float64 &&
+           (p.act == Act::identity || p.act == Act::relu || p.act == Act::leaky_relu || p.act == Act::silu);
 }
 
 // What a set is held by between the two passes of a single pass: a block, or (walk.chunks of them) the blocks of a cluster, which see each

@@ -117,7 +117,8 @@ NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Su
                 [&](int column, Value& sums) { on_column(column, sums, stores); }, on_set, g.q, g.r);
         } else {
             over_owned_sets<!kRows, T, Value>(
-                call, slab, [&](const auto& give) { over_teams(call, slab, sets, give); }, [] {}, on_column, [&](int set, const Value& sums, bool) { return on_set(set, sums); }, g.q, g.r);
+                call, slab, [&](const auto& give) { over_teams(call, slab, sets, give); }, [] {}, on_column,
+                [&](int set, const Value& sums, bool) { return on_set(set, sums); }, g.q, g.r);
         }
     }
 }

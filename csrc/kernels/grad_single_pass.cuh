@@ -11,8 +11,8 @@
 
 namespace normfused {
 
-template <class T, bool kWide, bool kRows, int kAct, bool kApart>
-NF_KERNEL(threads_of<kWide>) grad_single_pass_kernel(NF_GRID_CONSTANT Call call) {
+template <class T, bool kWide, bool kRows, int kAct, bool kApart> NF_KERNEL(threads_of<kWide>)
+grad_single_pass_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     constexpr bool kPositions = kWide != kRows;
     Coefficients<T, kWide, kRows> c;

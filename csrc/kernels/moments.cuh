@@ -305,8 +305,7 @@ template <class A> NF_DEVICE void update_running(const Parameter& running, int64
 }
 
 // ``mean`` and ``spread``: what joins the running statistics
-template <class A>
-NF_DEVICE void update_running_statistics(const Call& call, int64_t channel, A mean, A spread, int64_t batches_before) {
+template <class A> NF_DEVICE void update_running_statistics(const Call& call, int64_t channel, A mean, A spread, int64_t batches_before) {
     const double factor = call.problem.cumulative ? (call.tensors.counter ? 1.0 / double(batches_before + 1) : 1.0) : call.problem.momentum;
     if (call.tensors.running_mean.data) update_running(call.tensors.running_mean, channel, mean, factor);
     if (call.tensors.running_var.data) update_running(call.tensors.running_var, channel, spread, factor);
@@ -328,7 +327,8 @@ template <class A> NF_DEVICE Statistics<A> finish_set(const Call& call, int64_t 
     const Arguments& t = call.tensors;
     const Rule rule = call.problem.rule;
     const bool given = !call.problem.batch_statistics;
-    const A mean = given ? running.mean : m.mean(), var = given ? running.deviation : m.m2 * A(call.per_element), eps = eps_of<A>(call, set);
+    const A mean = given ? running.mean : m.mean(), var = given ? running.deviation : m.m2 * A(call.per_element),
+            eps = eps_of<A>(call, set);
     Statistics<A> s = {mean, rule == Rule::mean_only ? A(1) : standard::reciprocal_deviation(var, eps)};
     A running_value = mean, running_spread = A(0);
     if (rule == Rule::renorm) {
@@ -348,7 +348,8 @@ template <class A> NF_DEVICE Statistics<A> finish_set(const Call& call, int64_t 
         if (call.variances) Global<A>(call.variances).store(set, var);
         if (rule == Rule::mean_only) running_value *= load_parameter(t.weight, set, A(1));
         if (rule != Rule::renorm) running_spread = unbiased(call, var);
-        if (call.problem.scope == Scope::channel && !given) update_running_statistics(call, set, running_value, running_spread, batches_before);
+        if (call.problem.scope == Scope::channel && !given)
+            update_running_statistics(call, set, running_value, running_spread, batches_before);
     }
     return s;
 }
@@ -394,8 +395,7 @@ NF_DEVICE void leave_partials(const Call& call, const Slab<T, kWide>& slab, Valu
 
 // Reads them back. Wide: chunks of the set, all or those from ``first`` up to ``last``, shared out over its threads; narrow: a reader for
 // over_rows, chunk by chunk.
-template <class T, class Value>
-NF_DEVICE Value gather_partials(const Call& call, const Slab<T, true>& slab, int64_t first, int64_t last) {
+template <class T, class Value> NF_DEVICE Value gather_partials(const Call& call, const Slab<T, true>& slab, int64_t first, int64_t last) {
     Value v;
     if (!slab.live || slab.row_lane() >= slab.teams) return v;
     NF_NO_UNROLL

@@ -93,13 +93,14 @@ template <class T, class Value> NF_DEVICE Table<AccumulatorOf<T>, Value> exchang
     return Table<AccumulatorOf<T>, Value>(call.exchange_offset, 1, slab.team * vector_size<T>);
 }
 
-// The values of a narrow slab's columns -> two numbers of its sets for the lanes of every thread. columns(on_column) has one thread a column
-// call on_column(column, value of this block); before() runs in every block before
-// the owners meet, and may leave two numbers a set for on_set in SetNumbers. on_column(column, value, stores)
-// may change a column's value before it joins its set's; on_set(set of the slab, value, stores) gives the numbers; ``stores`` in one block.
+// The values of a narrow slab's columns -> two numbers of its sets for the lanes of every thread. columns(on_column) has one thread a
+// column call on_column(column, value of this block); before() runs in every block before the owners meet, and may leave two numbers a set
+// for on_set in SetNumbers. on_column(column, value, stores) may change a column's value before it joins its set's; on_set(set of the slab,
+// value, stores) gives the numbers; ``stores`` in one block.
 template <bool kShared, class T, class Value, class Columns, class Before, class OnColumn, class OnSet>
 NF_DEVICE void over_owned_sets(const Call& call, const Slab<T, false>& slab, const Columns& columns, const Before& before,
-                               const OnColumn& on_column, const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>], AccumulatorOf<T> (&second)[vector_size<T>]) {
+                               const OnColumn& on_column, const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>],
+                               AccumulatorOf<T> (&second)[vector_size<T>]) {
     using A = AccumulatorOf<T>;
     if (kShared && call.owner == Owner::group) {
         const ColumnValues<T, Value> values(call, slab);

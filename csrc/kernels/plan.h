@@ -172,9 +172,9 @@ inline void cut(Walk& w, int64_t chunks, bool exactly) {
     w.chunks = exactly ? chunks : ceil_div(w.rows, w.chunk_rows) * w.vector_chunks;
 }
 
-// Batch-instance norm: slabs for at most ``chunks`` blocks (``exactly`` as in cut), of whole samples, or where there are more blocks than samples
-// of pieces of one; and teams that keep to a sample each, of ``want`` vectors to a thread. A team reads 32 bytes at a time at least. False
-// where samples outnumber teams.
+// Batch-instance norm: slabs for at most ``chunks`` blocks (``exactly`` as in cut), of whole samples, or where there are more blocks than
+// samples of pieces of one; and teams that keep to a sample each, of ``want`` vectors to a thread. A team reads 32 bytes at a time at
+// least. False where samples outnumber teams.
 inline bool keep_apart(Walk& w, const Problem& p, bool wide, int64_t chunks, bool exactly, int want, int V, int most) {
     const auto two_to = [](int64_t n) { return n < 1 ? 0 : power_of_2(n + 1) / 2; };  // the largest power of 2 up to n
     const int64_t samples = ceil_div(p.N, chunks);
@@ -263,8 +263,7 @@ inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& 
     const auto memory = [&](Plan& at) -> int64_t {  // offsets behind the slab; the reductions of wide sets need one exchange between warps
         const Walk& w = at.walk;
         const int64_t slab = round_up(int64_t(w.resident + w.spare) * batch * at.threads * vector_bytes, 16);
-        const int64_t lanes =
-            at.wide ? 0 : int64_t(values) * std::max(w.team * V * table_rows(at), at.threads) * accumulator;
+        const int64_t lanes = at.wide ? 0 : int64_t(values) * std::max(w.team * V * table_rows(at), at.threads) * accumulator;
         const int64_t tail = backward ? 4 * at.threads * accumulator : 0;  // grad_parameters.cuh in the last block
         const int64_t columns = slab + round_up(std::max<int64_t>({int64_t(values) * 32 * accumulator, lanes, tail}), 16);
         const int64_t exchange = columns + (at.wide ? 0 : round_up(int64_t(2) * w.team * V * accumulator, 16));
@@ -471,7 +470,8 @@ inline Plan choose_plan(Problem p, Step step, const Needs& needs, const Limits& 
         }
         const int64_t room = half(s.reductions);  // none where the reductions of wide rows take it all: fits() decides then
         s.needed = room > 0 ? ceil_div(s.bytes, room) : 0;
-        if (apart) s.needed = std::max(s.needed, ceil_div(p.N, view.wide ? half_threads / 2 : std::max<int64_t>(1, half_threads * V / slice)));
+        if (apart)
+            s.needed = std::max(s.needed, ceil_div(p.N, view.wide ? half_threads / 2 : std::max<int64_t>(1, half_threads * V / slice)));
         s.useful = std::max<int64_t>(1, s.bytes / least);
         s.wanted = std::max(s.needed, std::min(ceil_div(2 * processors, s.held), s.useful));
         return s;

@@ -66,9 +66,7 @@ struct Problem {
     constexpr int64_t rstds() const { return rule == Rule::renorm ? 3 * C : means(); }
     // Whether the forward leaves a bit mask for the backward (else, with a residual before an activation, z is recomputed from it).
     // The steps that stand in for a single pass of batch-instance norm have none.
-    constexpr bool masked() const {
-        return residual_mode == ResidualMode::pre_act && has_two_slopes(act) && rule != Rule::batch_instance;
-    }
+    constexpr bool masked() const { return residual_mode == ResidualMode::pre_act && has_two_slopes(act) && rule != Rule::batch_instance; }
 };
 
 // A parameter, buffer or parameter's gradient: C values of its own type, or one for all channels. data may be null.

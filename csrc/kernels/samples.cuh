@@ -1,9 +1,9 @@
 // Sets within sets: batch-instance norm has statistics of every sample beside those of the batch (rules/batch_instance.cuh).
 //
-// The walk is batch norm's, cut so that a team keeps to one sample (plan.h). So a thread's sums, and then its coefficients, are of one sample
-// and channel (narrow: of one sample and the channels of its lanes), and the walks over x know nothing of it. The teams of a sample merge
-// their sums first, which gives the sample's; then samples and blocks merge, which gives the batch's. Where a sample is cut into pieces
-// (more blocks than samples), its values come from the blocks that hold them, in the same exchange.
+// The walk is batch norm's, cut so that a team keeps to one sample (plan.h). So a thread's sums, and then its coefficients, are of one
+// sample and channel (narrow: of one sample and the channels of its lanes), and the walks over x know nothing of it. The teams of a sample
+// merge their sums first, which gives the sample's; then samples and blocks merge, which gives the batch's. Where a sample is cut into
+// pieces (more blocks than samples), its values come from the blocks that hold them, in the same exchange.
 #pragma once
 
 #include "grad_apply.cuh"
@@ -104,7 +104,8 @@ NF_DEVICE void over_samples(const Call& call, const Slab<T, false>& slab, const 
         for (int j = 0; j < V; ++j) v[j] = table.get(sample.in_slab(w) * of_sample, slab.column(j));
         if (w.samples > 1) sync_block();
         merge_rows(table, rows, of_sample, rows);
-        for (int column = int(thread_index()); column < slab.columns; column += int(block_threads())) on_column(column, table.get(0, column));
+        for (int column = int(thread_index()); column < slab.columns; column += int(block_threads()))
+            on_column(column, table.get(0, column));
     };
     over_owned_sets<true, T, Value>(call, slab, columns, before, [](int, const Value&, bool) {}, on_set, first, second);
     if (sample.pieces == 1) return;
@@ -155,9 +156,9 @@ NF_DEVICE void mix(const Call& call, const Sample<T, kWide>& sample, const Accum
     if constexpr (kRows) c.at = int(sample.channel());  // no row is of another channel
 }
 
-template <class T, bool kWide, bool kRows>
-NF_DEVICE void finish_samples(const Call& call, const Slab<T, kWide>& slab, Moments<AccumulatorOf<T>> (&m)[sum_lanes<T, kWide>],
-                              int64_t batches_before, Coefficients<T, kWide, kRows>& c) {
+template <class T, bool kWide, bool kRows> NF_DEVICE void finish_samples(const Call& call, const Slab<T, kWide>& slab,
+                                                                         Moments<AccumulatorOf<T>> (&m)[sum_lanes<T, kWide>],
+                                                                         int64_t batches_before, Coefficients<T, kWide, kRows>& c) {
     using A = AccumulatorOf<T>;
     constexpr int kLanes = sum_lanes<T, kWide>;
     const Sample<T, kWide> sample(call, slab);
@@ -165,8 +166,7 @@ NF_DEVICE void finish_samples(const Call& call, const Slab<T, kWide>& slab, Mome
     const auto running = [&](int64_t set) { return needs_running(call) ? running_of<A>(call, set) : Running<A>(); };
     if constexpr (kWide) {
         const Moments<A> all = over_samples<T, Moments<A>>(call, slab, sample, m);
-        const Statistics<A> s =
-            finish_set(call, slab.outer, all, running(slab.outer), slab.chunk == 0 && slab.speaks(), batches_before);
+        const Statistics<A> s = finish_set(call, slab.outer, all, running(slab.outer), slab.chunk == 0 && slab.speaks(), batches_before);
         batch_mean[0] = s.mean;
         batch_rstd[0] = s.rstd;
     } else {
@@ -227,7 +227,8 @@ NF_DEVICE Pair<A> finish_batch_gradient(const Call& call, int64_t channel, const
 
 template <class T, bool kWide, bool kRows, int kSums>
 NF_DEVICE void finish_sample_gradients(const Call& call, const Slab<T, kWide>& slab, Coefficients<T, kWide, kRows>& c,
-                                       const Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>], GradientCoefficients<T, kWide>& g) {
+                                       const Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>],
+                                       GradientCoefficients<T, kWide>& g) {
     using A = AccumulatorOf<T>;
     using Value = Sums<A, kSums + 1>;
     constexpr int kLanes = sum_lanes<T, kWide>;

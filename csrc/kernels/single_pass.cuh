@@ -11,8 +11,8 @@
 namespace normfused {
 
 // ``kApart``: with statistics of every sample, too (samples.cuh)
-template <class T, bool kWide, bool kRows, int kAct, bool kApart>
-NF_KERNEL(threads_of<kWide>) single_pass_kernel(NF_GRID_CONSTANT Call call) {
+template <class T, bool kWide, bool kRows, int kAct, bool kApart> NF_KERNEL(threads_of<kWide>)
+single_pass_kernel(NF_GRID_CONSTANT Call call) {
     using A = AccumulatorOf<T>;
     const Arguments& t = call.tensors;
     const int64_t batches_before = call.problem.cumulative ? counted_batches(call) : 0;

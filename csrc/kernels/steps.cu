@@ -43,7 +43,8 @@ Workspace workspace(const Problem& p, Step step, const Needs& needs, const Plan&
     const Walk& w = plan.walk;
     Workspace s;
     const bool forward = step == Step::norm_act || step == Step::moments;
-    const int64_t columns = plan.wide ? w.outers : w.outers * w.cols, partial = (forward || p.rule == Rule::batch_instance ? 4 : 3) * w.chunks * columns;
+    const int64_t columns = plan.wide ? w.outers : w.outers * w.cols,
+                  partial = (forward || p.rule == Rule::batch_instance ? 4 : 3) * w.chunks * columns;
     if (step == Step::moments || step == Step::grad_moments) s.partial = partial;
     if (step == Step::grad_moments) s.channel_sums = p.N * p.C;  // of act_weight
     if (step == Step::norm_act) {
@@ -415,7 +416,8 @@ int run(const Problem& problem, Step step, const Needs& needs, const Limits& lim
 int describe(const Problem& problem, Step step, const Needs& needs, const Limits& limits, bool pool, char* text, int size) {
     const Plan plan = choose_plan(problem, step, needs, limits, pool, forced_route);
     const Workspace space = workspace(problem, step, needs, plan, pool);
-    const char* const routes[] = {"single_pass", "two_pass", "apply"};
+    // where no single pass takes batch-instance norm, the caller has another way
+    const char* const routes[] = {"single_pass", problem.rule == Rule::batch_instance ? "slices" : "two_pass", "apply"};
     const char* const owners[] = {"block", "cluster", "group"};
     return std::snprintf(text, size_t(size),
                          "{\"route\": \"%s\", \"owner\": \"%s\", \"groups\": %d, \"sets\": \"%s\", \"channels\": \"%s\", \"blocks\": %lld, "

@@ -24,6 +24,7 @@ import torch
 from ..activations import Activation, parse
 from ..backends.cuda import _load, mask_bytes
 from ..problem import (
+    BATCH_INSTANCE,
     CHANNEL,
     MEAN_ONLY,
     NCHW,
@@ -95,7 +96,7 @@ def route_bytes(case: Case, direction: str, mode: str, route: str, reads: float 
         raise ValueError(f"route_bytes: route must be one of {', '.join(_READS)} and direction a pass, got {route}, {direction}")
     times = _READS[route] if reads is None else reads
     size = case.tensor_bytes
-    # a rule written in PyTorch keeps no mask: z is known from the residual, which its steps read again
+    # a rule written in PyTorch keeps no mask, nor does batch-instance norm: z is known from the residual, which its steps read again
     mask = mask_bytes(problem(case, mode)) if _bit_mask(case) and route != "slices" else 0
     if direction == "forward":
         inputs = times + (1 if case.residual == PRE_NORM else 0)  # what is read again is h then
@@ -156,9 +157,9 @@ def problem(case: Case, mode: str = "training") -> Problem:
     """The call that normfused makes of a case; norms of a rule in PyTorch are seen as instance norm's sets, a set per (n, c)."""
     along_rows = case.norm in ("layer", "rms") and case.dim == -1
     n, c = (prod(case.shape[:-1]), case.shape[-1]) if along_rows else case.shape[:2]
-    channel = dict.fromkeys(("batch", "batch_renorm", "mean_only"), CHANNEL)
+    channel = dict.fromkeys(("batch", "batch_instance", "batch_renorm", "mean_only"), CHANNEL)
     scope = {**channel, "layer": POSITION, "rms": POSITION}.get(case.norm, SAMPLE_GROUP)
-    rules = {"rms": RMS, "frn": RMS}
+    rules = {"rms": RMS, "frn": RMS, "batch_instance": BATCH_INSTANCE}
     if mode == "training":  # what they evaluate is batch norm
         rules |= {"batch_renorm": RENORM, "mean_only": MEAN_ONLY}
     groups = (case.groups if case.norm == "group" else c) if scope == SAMPLE_GROUP else 1
@@ -207,7 +208,7 @@ def routes(case: Case, mode: str = "training", limits: dict[str, int] | None = N
     """
     if case.norm == "whitening":  # its passes are mostly matrix products of ATen
         return None
-    if case.norm not in ("batch", "batch_renorm", "mean_only", "group", "instance", "frn", "layer", "rms"):
+    if case.norm not in ("batch", "batch_instance", "batch_renorm", "mean_only", "group", "instance", "frn", "layer", "rms"):
         return {"forward": Planned("slices", 2), "backward": Planned("slices", 2)}
     library = _load.library()
     if library is not None and library.module is not None:
@@ -235,7 +236,7 @@ def table(path: Path = TABLE) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- by counting
-_ROUTES = {None: -1, "single_pass": 0, "two_pass": 1}  # csrc/kernels/plan.h; apply and slices follow from the call
+_ROUTES = {None: -1, "single_pass": 0, "two_pass": 1, "slices": 1}  # csrc/kernels/plan.h; apply follows from the call
 _TENSORS = ("x", "residual", "y", "h", "dy", "dh", "dx", "dresidual", "mask")
 
 

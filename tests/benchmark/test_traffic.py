@@ -82,6 +82,7 @@ ROUTES = [
     (Case("group", BATCH, "silu", "pre_act", groups=4), "two_pass", (2048, 4096)),
     (Case("batch_instance", BATCH), "slices", (1536, 2560)),
     (Case("batch_instance", BATCH, "relu", "pre_act"), "slices", (2048, 4096)),
+    (Case("batch_instance", BATCH, "relu", "pre_act"), "single_pass", (1536, 2560)),
     (Case("rms", (4, 64), residual="pre_norm"), "single_pass", (2048, 2048)),
 ]
 
@@ -180,7 +181,7 @@ def test_table_answers_where_no_kernels_are(monkeypatch: pytest.MonkeyPatch) -> 
     assert found == {"forward": traffic.Planned("single_pass", 1), "backward": traffic.Planned("single_pass", 1)}
     assert routes(Case("rms", (16384, 4096)), limits={**traffic.H200, "processors": 10}) is None
     assert routes(Case("batch", (3, 5, 7, 9))) is None
-    slices = routes(Case("batch_instance", BATCH))
+    slices = routes(Case("switchable", BATCH))
     assert slices is not None
     assert slices["forward"].route == "slices"
 

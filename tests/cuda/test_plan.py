@@ -155,7 +155,9 @@ def check_legal(q: Question, launchable: bool = True) -> dict[str, Any]:
     assert 1 <= at["team"] * at["teams"] * at["sets_per_block"] * at["samples"] <= at["threads"], at
     assert at["per_row"] == _ceil(at["chunk_vectors"], at["team"]), at
     assert at["steps"] == _ceil(at["chunk_rows"], at["teams"]) * at["per_row"] >= 1, at
-    least_chunks = _ceil(at["walk_rows"] // at["sample_rows"], at["samples"]) * _ceil(at["sample_rows"], at["chunk_rows"]) * at["vector_chunks"]
+    least_chunks = (
+        _ceil(at["walk_rows"] // at["sample_rows"], at["samples"]) * _ceil(at["sample_rows"], at["chunk_rows"]) * at["vector_chunks"]
+    )
     assert at["chunks"] == least_chunks or (at["owner"] == CLUSTER and least_chunks <= at["chunks"] <= q.device[4]), at
     assert at["vector_chunks"] * at["chunk_vectors"] >= at["row_vectors"] if at["wide"] else at["slices"] * at["slice"] >= at["cols"], at
     slabs = _ceil(at["outers"], at["sets_per_block"]) if at["wide"] else at["outers"] * at["slices"]
