@@ -781,7 +781,8 @@ def norm_act(
     if trace is not None:
         trace[-1] = (*trace[-1][:-1], p)
     y, _, _, h = apply_function(
-        NormAct, x, residual, weight, bias, act_weight, rule_weight, running_mean, running_var, counter, *(bounds or (None, None)), static, p
+        NormAct, x, residual, weight, bias, act_weight, rule_weight, running_mean, running_var, counter,
+        *(bounds or (None, None)), static, p,
     )  # fmt: skip
     if normalized_shape is not None:
         y = y.view(full)
