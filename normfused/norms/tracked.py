@@ -53,14 +53,17 @@ def track(momentum: float | None, counter: Tensor | None, *pairs: tuple[Tensor |
 
 
 def need_counter(op: str, momentum: float | None, counter: Tensor | None) -> None:
-    if momentum is None and counter is None:
+    """What an update of running statistics asks for."""
+    if momentum is not None:
+        checks.number(op, "momentum", momentum, " or None")
+    elif counter is None:
         raise ValueError(f"{op}: momentum=None averages over all batches and needs num_batches_tracked, got None")
 
 
 def per_channel(op: str, x: Tensor, **tensors: Tensor | None) -> None:
-    """Checks tensors of C elements."""
+    """Checks tensors of C elements; what is called running_* is a statistic."""
     for name, value in tensors.items():
-        checks.parameter(op, name, value, x, x.shape[1])
+        (checks.statistic if name.startswith("running_") else checks.parameter)(op, name, value, x, x.shape[1])
 
 
 def frozen_copy(t: Tensor, x: Tensor) -> Tensor:

@@ -436,7 +436,7 @@ X, ROW, ONE = torch.randn(4, 6, 3, 3), torch.randn(1, 6), torch.randn(4, 6, 1, 1
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "renorm, one value": (lambda: NF.batch_renorm_act(ROW, c6(), c6(), training=True), ValueError, "more than 1 value per channel"),
     "renorm, eps": (lambda: NF.batch_renorm_act(X, c6(), c6(), training=True, eps=0.0), ValueError, "eps must be positive in training"),
-    "renorm, no statistics": (lambda: NF.batch_renorm_act(X, None, c6()), nf.ArgumentError, "must both be given, got running_mean=None"),
+    "renorm, no statistics": (lambda: NF.batch_renorm_act(X, None, c6()), nf.ArgumentError, "must be given in training and evaluation, got running_mean=None"),
     "renorm, r_max": (lambda: NF.batch_renorm_act(X, c6(), c6(), r_max=0.5), ValueError, "r_max must be at least 1, got 0.5"),
     "renorm, d_max": (lambda: NF.batch_renorm_act(X, c6(), c6(), d_max=-1), ValueError, "d_max must be at least 0, got -1"),
     "renorm, bound": (lambda: NF.batch_renorm_act(X, c6(), c6(), r_max=c6()), nf.ShapeError, r"scalar tensor, got shape \(6,\)"),
@@ -448,7 +448,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "bin, one position in evaluation": (lambda: NF.batch_instance_norm_act(ONE, c6(), c6(), c6()), ValueError, "more than 1 spatial"),
     "bin, gate": (lambda: NF.batch_instance_norm_act(X, c6(n=3), training=True), nf.ShapeError, r"gate must have shape \(6,\)"),
     "bin, no gate": (lambda: NF.batch_instance_norm_act(X, None, training=True), TypeError, "gate must be a Tensor, got NoneType"),
-    "bin, statistics": (lambda: NF.batch_instance_norm_act(X, c6()), nf.ArgumentError, "when training=False, got None"),
+    "bin, statistics": (lambda: NF.batch_instance_norm_act(X, c6()), nf.ArgumentError, "when training=False, got running_mean=None"),
     "bin, one statistic": (lambda: NF.batch_instance_norm_act(X, c6(), c6(), training=True), nf.ArgumentError, "running_var=None"),
     "switch, one value": (
         lambda: NF.switch_norm_act(ROW, c6(n=2), c6(n=2), training=True, using=("ln", "bn")), ValueError, "more than 1 value per channel",
@@ -460,7 +460,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "switch, logits": (lambda: NF.switch_norm_act(X, c6(n=2), c6(n=3)), nf.ShapeError, r"mean_weight must have shape \(3,\).*got \(2,\)"),
     "switch, using": (lambda: nf.SwitchNormAct2d(6, using=("bn", "in")), ValueError, "in this order, got"),
     "switch, unknown": (lambda: NF.switch_norm_act(X, c6(n=1), c6(n=1), using=("gn",)), ValueError, "using must be some of"),
-    "switch, statistics": (lambda: NF.switch_norm_act(X, c6(n=3), c6(n=3)), nf.ArgumentError, "when training=False, got None"),
+    "switch, statistics": (lambda: NF.switch_norm_act(X, c6(n=3), c6(n=3)), nf.ArgumentError, "when training=False, got running_mean=None"),
     "switch, average": (
         lambda: NF.switch_norm_act(X, c6(n=3), c6(n=3), c6(), c6(), training=True, using_moving_average=False), ValueError, "num_batches",
     ),
@@ -469,7 +469,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "mean only, bias": (lambda: NF.mean_only_batch_norm_act(X, c6(), c6().double()), nf.DTypeError, "bias must be float32.*got float64"),
     "eval norm, share": (lambda: NF.eval_norm_act(X, c6(), c6(), alpha=1.5, beta=0.0), ValueError, r"alpha must lie in \[0, 1\], got 1.5"),
     "eval norm, shares": (lambda: NF.eval_norm_act(X, c6(), c6(), alpha=0.1, beta=c6()), nf.ShapeError, "beta must be a number or"),
-    "eval norm, statistics": (lambda: NF.eval_norm_act(X, c6(), None, alpha=0.1, beta=0.1), nf.ArgumentError, "got running_var=None"),
+    "eval norm, statistics": (lambda: NF.eval_norm_act(X, c6(), None, alpha=0.1, beta=0.1), nf.ArgumentError, "got running_mean=a tensor and running_var=None"),
     "eval norm, batch": (lambda: nf.EvalNorm2d(6, batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
     "eval norm, one value": (lambda: nf.EvalNorm1d(6, estimate=True)(ROW), ValueError, "more than 1 value per channel"),
     "whitening, one value": (lambda: NF.iter_norm_act(ROW, training=True), ValueError, "more than 1 value per channel"),
@@ -479,7 +479,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "whitening, matrix": (
         lambda: NF.iter_norm_act(X, torch.zeros(2, 3, 1), torch.zeros(1, 3, 3)), nf.ShapeError, r"running_wm must have shape \(2, 3, 3\)",
     ),
-    "whitening, statistics": (lambda: NF.iter_norm_act(X), nf.ArgumentError, "when training=False, got None"),
+    "whitening, statistics": (lambda: NF.iter_norm_act(X), nf.ArgumentError, "when training=False, got running_mean=None"),
     "whitening, residual": (lambda: NF.iter_norm_act(X, training=True, residual=ONE), nf.ShapeError, "the input's shape"),
     "channels": (lambda: nf.SwitchNormAct2d(5)(X), nf.ShapeError, "5 channels.*got 6"),
     "type": (lambda: nf.BatchRenormAct2d(6)(X.long()), nf.DTypeError, "got int64"),
