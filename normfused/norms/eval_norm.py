@@ -260,7 +260,7 @@ class _EvalNorm(_BatchNormAct):
 
     def _move_shares(self, mean: Tensor, var: Tensor, batch_mean: Tensor, batch_var: Tensor, old_mean: Tensor, old_var: Tensor) -> None:
         apart = mean - old_mean
-        counter = cast("Tensor | None", self.num_batches_tracked)
+        counter = self.num_batches_tracked
         factor = momentum_factor(self.momentum, None if counter is None else counter + 1, mean.dtype)
 
         def move(running: Tensor, value: Tensor) -> Tensor:
