@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import checks
 from .activations import ActivationLike, Composed, from_module, module_of
 from .epilogues import affine_act, rescaled_residual
-from .norms.base import known_backend
+from .norms.base import known_backend, take_other_shapes
 from .problem import accumulation_dtype
 
 __all__ = ["InputBias", "RescaledResidual", "rescale_init_", "rescale_parameter_groups", "rescale_schedule"]
@@ -194,6 +194,7 @@ class InputBias(_Act):
             self._steps += 1
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        take_other_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         count = state_dict.get(prefix + "count")
         if isinstance(count, Tensor) and not count.is_meta:

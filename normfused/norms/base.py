@@ -134,6 +134,14 @@ def own(module: Any, name: str) -> Tensor | None:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
+def take_other_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Gives what a checkpoint holds as (1, C, 1, 1) and the like the module's own shapes."""
+    for name, own in (*module._parameters.items(), *module._buffers.items()):
+        given = state_dict.get(prefix + name)
+        if own is not None and isinstance(given, Tensor) and given.shape != own.shape and given.squeeze().shape == own.squeeze().shape:
+            state_dict[prefix + name] = given.reshape(own.shape)
+
+
 def known_backend(op: str, backend: str | None) -> None:
     if backend is not None and backend not in ("auto", *dispatch.BACKENDS):
         raise ValueError(f"{op}: unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")

@@ -136,7 +136,7 @@ def _share(op: str, name: str, value: Share, x: Tensor) -> Tensor:
 
 
 def _check_share(op: str, name: str, value: float) -> None:
-    checks.number(op, name, value, " or a scalar tensor")
+    checks.number(op, name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{op}: {name} must lie in [0, 1], got {value}")
 

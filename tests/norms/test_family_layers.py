@@ -262,6 +262,13 @@ def test_reference_state_dicts() -> None:
         spread = {n: v[n].view(1, c, *[1] * dims) for n in ("weight", "bias")}
         running = {n: v[n].view(1, c, *[1] * min(dims, 1)) for n in ("running_mean", "running_var")}
         cases.append((kind(c), spread | running | logits))
+    timm = {"weight": v["weight"], "bias": v["bias"], "tau": v["gate"]}
+    cases += [(nf.FilterResponseNorm2d(c), timm), (nf.FilterResponseNorm2d(c), {n: t.view(1, c, 1, 1) for n, t in timm.items()})]
+    cases.append(
+        (nf.FilterResponseNorm2d(c, act="relu", learnable_eps=True), {n: v[n] for n in ("weight", "bias")} | {"eps_l": torch.rand(())})
+    )
+    cases.append((nf.InputBias(c), {"bias": v["bias"].view(1, c, 1, 1), "init_mean": v["gate"], "count": torch.tensor(1)}))
+    cases.append((nf.FrozenBatchNormAct2d(c), dict(batch)))  # detectron2's and torchvision's
     spread = {n: v[n].view(1, c, 1, 1) for n in ("weight", "bias")}
     cases.append((nf.IterNorm2d(c, 3), spread | {"running_mean": torch.rand(2, 3, 1), "running_wm": torch.rand(2, 3, 3)}))
     for layer, state in cases:
@@ -271,6 +278,8 @@ def test_reference_state_dicts() -> None:
         for name, value in layer.state_dict().items():
             if name in state:
                 assert torch.equal(value, state[name].reshape(value.shape)), name
+        if not any(isinstance(layer, kind) for kind in (nf.EvalNorm2d, nf.InputBias)):  # and back, in our shapes, but for our counter
+            assert set(layer.state_dict()) - {"num_batches_tracked"} == set(state) - {"num_batches_tracked"}
     with pytest.raises(RuntimeError, match="size mismatch"):
         nf.SwitchNormAct2d(c).load_state_dict({n: torch.rand(5) for n in nf.SwitchNormAct2d(c).state_dict()})
 
@@ -495,8 +504,73 @@ def test_bad_input(case: str) -> None:
         call()
 
 
-@layers
-def test_a_call_that_raises_changes_nothing(make: Any) -> None:
+# ------------------------------------------------------------------------------------------------------- calls that raise
+OWN = nf.define_norm(
+    lambda mean, var, weight, seen: (weight * (var + EPS).rsqrt(), 0 * seen - mean * (var + EPS).rsqrt()), {"weight": 1.0}, {"seen": 0.0},
+    lambda mean, var, seen: {"seen": seen + mean.mean(0)}, "Own",
+)  # fmt: skip
+EVERY: dict[str, Any] = LAYERS | {
+    "batch": lambda **k: nf.BatchNormAct2d(6, **k),
+    "instance": lambda **k: nf.InstanceNormAct2d(6, track_running_stats=True, momentum=None, **k),
+    "frozen": lambda **k: nf.FrozenBatchNormAct2d(6, **k),
+    "own": lambda **k: OWN(6, **k),
+    "input bias": lambda **k: nf.InputBias(6, 3, act_last=True, **k),
+}
+
+
+def with_attribute(name: str, value: Any) -> Any:
+    def change(layer: Any) -> None:
+        assert hasattr(layer, name)
+        setattr(layer, name, value)
+
+    return change
+
+
+def statistic_requires_grad(layer: Any) -> None:
+    (layer.init_mean if isinstance(layer, nf.InputBias) else layer.running_mean).requires_grad_()
+
+
+# what is done to the layer, its inputs, the error's type (torch's) and message; which layers it is no error for
+FAILS: dict[str, tuple[Any, Any, type[Exception], str, tuple[str, ...]]] = {
+    "backend": (with_attribute("backend", "tritn"), (X,), ValueError, "unknown backend 'tritn'; known: auto", ()),
+    "activation": (with_attribute("act", nn.PReLU(4)), (X,), RuntimeError, r"must have 1 or 6 elements, got shape \(4,\)", ()),
+    "residual": (None, (X, X[:2]), RuntimeError, r"\(4, 6, 3, 3\), got \(2, 6, 3, 3\)", ("input bias",)),
+    "residual's type": (None, (X, X.double()), TypeError, "type float32, got float64", ("input bias",)),
+    "residual's mode": (with_attribute("residual_mode", "mid"), (X,), ValueError, "pre_act, post_act, got 'mid'", ("input bias",)),
+    "type": (None, (X.double(),), TypeError, "must be float64 to go with the input, got float32", ("own",)),
+    "complex": (None, (X.to(torch.complex64),), TypeError, "float32 or float64, got complex64", ()),
+    "device": (None, (X.to("meta"),), RuntimeError, "device meta, got cpu", ()),
+    "channels": (None, (X[:, :5],), RuntimeError, "6.*5|5.*6", ("instance",)),
+    "dimensions": (None, (X[0, 0],), ValueError, "expected 4D|expected 3D or 4D|6 channels", ("own", "input bias")),
+    "eps": (with_attribute("eps", float("nan")), (X,), ValueError, "eps must be .*, got nan", ("own", "input bias", "mean only")),
+    "eps's type": (with_attribute("eps", None), (X,), TypeError, "must be a number, got NoneType", ("own", "input bias", "mean only")),
+    "momentum": (
+        with_attribute("momentum", "0.1"), (X,), TypeError, "momentum must be a number or None, got str", ("own", "input bias", "frozen"),
+    ),
+    "statistic": (statistic_requires_grad, (X,), RuntimeError, "must be a buffer, .* got one with requires_grad=True", ("own",)),
+    "one value": (None, (X[:1, :, :1, :1],), ValueError, "Expected more than 1 (value|spatial)", ("own", "input bias", "frozen")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAILS)
+def test_a_call_that_raises_changes_nothing(case: str, backend: str) -> None:
+    """No parameter, no statistic, no counter, whatever is wrong; after a step, so that there is something to change."""
+    change, inputs, kind, message, fine = FAILS[case]
+    for name, make in EVERY.items():
+        if name in fine:
+            continue
+        layer = make(backend=backend)
+        layer(torch.randn(SHAPE) + 1)
+        if change is not None:
+            change(layer)
+        before = copy.deepcopy([*layer.parameters(), *layer.buffers()])
+        with pytest.raises(kind, match=message):
+            layer(*inputs)
+        assert all(torch.equal(a, b) for a, b in zip((*layer.parameters(), *layer.buffers()), before, strict=True)), name
+
+
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+def test_a_backend_that_cannot_run_changes_nothing(make: Any) -> None:
     layer = make(backend="triton")
     if nf.dispatch.unavailable("triton", "cpu", torch.float32) is None:
         pytest.skip("triton is interpreted here")
@@ -504,3 +578,31 @@ def test_a_call_that_raises_changes_nothing(make: Any) -> None:
     with pytest.raises(RuntimeError, match="cannot run"):
         layer(torch.randn(SHAPE))
     assert all(torch.equal(t, before[n]) for n, t in layer.state_dict().items())
+
+
+def test_constructors_say_what_is_wrong() -> None:
+    for make in EVERY.values():
+        with pytest.raises(ValueError, match="unknown backend 'tritn'; known: auto"):
+            make(backend="tritn")
+        with pytest.raises(ValueError, match="unknown activation 'rleu'; known: identity"):
+            make(act="rleu")
+    kinds: tuple[Any, ...] = (nf.BatchRenormAct2d, nf.BatchInstanceNormAct2d, nf.SwitchNormAct2d, nf.EvalNorm2d, nf.IterNorm2d)
+    for kind in (*kinds, nf.FilterResponseNorm2d, nf.FrozenBatchNormAct2d):
+        for eps in (-1.0, float("nan")):
+            with pytest.raises(ValueError, match=f"{kind.__name__}: eps must be non-negative, got {eps}"):
+                kind(6, eps=eps)
+        with pytest.raises(TypeError, match=f"{kind.__name__}: eps must be a number, got str"):
+            kind(6, eps="1e-5")
+    for kind in (*kinds, nf.MeanOnlyBatchNormAct2d, nf.FilterResponseNorm2d, nf.FrozenBatchNormAct2d, nf.InputBias):
+        for device in ("gpu", "cuda:x"):
+            with pytest.raises(RuntimeError):
+                kind(6, device=device)
+        for features in (6.0, "6"):
+            with pytest.raises(TypeError):
+                kind(features)
+    with pytest.raises(ValueError, match="there must be at least 1 channel to whiten, got 0"):
+        nf.IterNorm2d(0)
+    with pytest.raises(TypeError, match="alpha must be a number, got str"):
+        nf.EvalNorm2d(6, alpha="0.5")
+    with pytest.raises(TypeError, match="custom_norm_act: parameter gain must be real, got complex64"):
+        NF.custom_norm_act(X, lambda mean, var, gain: (gain, gain), {"gain": torch.ones(6, dtype=torch.complex64)})
