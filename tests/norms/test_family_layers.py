@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 from typing import Any
 
@@ -104,15 +105,19 @@ def test_copies_and_checkpoints(make: Any) -> None:
 
 
 @layers
-def test_empty_batch(make: Any) -> None:
-    layer = make().to(DEVICE)
-    before = copy.deepcopy(layer.state_dict())
-    y = layer(torch.empty(0, 6, 5, 3, device=DEVICE))
-    assert y.shape == (0, 6, 5, 3)
-    y.sum().backward()
-    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters() if p.grad is not None)
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name] + (name == "num_batches_tracked")), name
+def test_empty_batch(make: Any, backend: str) -> None:
+    """No samples, or samples of no positions; in training counted, and nothing else; the cumulative average too."""
+    for training, shape, momentum in itertools.product((True, False), ((0, 6, 5, 3), (4, 6, 0, 3)), (0.1, None)):
+        layer = make(momentum=momentum, backend=backend).to(DEVICE).train(training)
+        before = copy.deepcopy(layer.state_dict())
+        x = torch.empty(shape, device=DEVICE, requires_grad=True)
+        y = layer(x)
+        assert y.shape == shape
+        y.sum().backward()
+        assert x.grad is not None and x.grad.shape == shape
+        assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters() if p.grad is not None)
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, before[name] + (training and name == "num_batches_tracked")), name
 
 
 @layers

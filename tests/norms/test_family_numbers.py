@@ -415,6 +415,7 @@ def running() -> dict[str, Tensor]:
     return {n: t.clone() for n, t in RUNNING.items()}
 
 
+@pytest.mark.triton_surface
 def test_limits_of_batch_renorm(backend: str) -> None:
     mean, std = running()["running_mean"], running()["running_var"].sqrt()
     same(NF.batch_renorm_act(X, mean.clone(), std.clone(), training=True, r_max=1.0, d_max=0.0, backend=backend), PLAIN["batch"])
@@ -425,6 +426,7 @@ def test_limits_of_batch_renorm(backend: str) -> None:
     same(free, NF.batch_renorm_act(X, mean, std, backend=backend))
 
 
+@pytest.mark.triton_surface
 def test_limits_of_batch_instance(backend: str) -> None:
     for gate, want in ((1.0, "batch"), (0.0, "instance")):
         same(NF.batch_instance_norm_act(X, torch.full((6,), gate).double(), training=True, backend=backend), PLAIN[want])
@@ -433,6 +435,7 @@ def test_limits_of_batch_instance(backend: str) -> None:
         same(NF.batch_instance_norm_act(X, gate, *running().values(), backend=backend), evaluated)
 
 
+@pytest.mark.triton_surface
 def test_limits_of_switch(backend: str) -> None:
     layer_norm = F.layer_norm(X, X.shape[1:], eps=EPS)
     for k, want in enumerate((PLAIN["instance"], layer_norm, PLAIN["batch"])):
@@ -446,6 +449,7 @@ def test_limits_of_switch(backend: str) -> None:
         same(NF.switch_norm_act(flat, logits, logits, *running().values(), training=True, using=("ln", "bn"), backend=backend), want)
 
 
+@pytest.mark.triton_surface
 def test_limits_of_eval_norm(backend: str) -> None:
     for alpha, beta in ((0.0, 0.0), (torch.tensor(0.0), torch.tensor(0.0))):
         same(NF.eval_norm_act(X, **running(), alpha=alpha, beta=beta, backend=backend), F.batch_norm(X, *running().values(), eps=EPS))
@@ -458,6 +462,7 @@ def test_limits_of_eval_norm(backend: str) -> None:
         same(NF.eval_norm_act(X[i : i + 1], mean, var, alpha=1 / n, beta=1 / n, backend=backend), PLAIN["batch"][i : i + 1])
 
 
+@pytest.mark.triton_surface
 def test_limits_of_mean_only_and_whitening(backend: str) -> None:
     centred = X - X.mean((0, 2, 3), keepdim=True)
     same(NF.mean_only_batch_norm_act(X, None, training=True, backend=backend), centred)
@@ -482,6 +487,7 @@ def test_whitening_of_equal_eigenvalues_is_finite(backend: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- invariants
+@pytest.mark.triton_surface
 @trained
 def test_dx_sums_to_nothing(member: Member, backend: str) -> None:
     """What shifts a channel (of switchable norm: everything) shifts no output."""
@@ -499,6 +505,7 @@ def test_dx_sums_to_nothing(member: Member, backend: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- numbers at their worst
+@pytest.mark.triton_surface
 @members
 def test_large_means(member: Member, backend: str) -> None:
     """100 deviations: 1e-5, of ATen, whose means may be off by their last digit, 7.6e-6, twice that; 3e-5 for gradients that sum what this
@@ -543,6 +550,7 @@ def reached(member: Member, training: bool) -> Tensor:
     return found
 
 
+@pytest.mark.triton_surface
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @members
 def test_nan_stays_in_its_sets(member: Member, bad: float, backend: str) -> None:
