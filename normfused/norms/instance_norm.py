@@ -123,7 +123,7 @@ class _InstanceNormAct(NormActMixin, nn.modules.instancenorm._InstanceNorm):
         counter = self.num_batches_tracked if self.momentum is None else None
         momentum = 0.0 if self.momentum is None and counter is None else self.momentum
         if unbatched:
-            input, residual = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+            input, residual = input.unsqueeze(0), residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
         weight, bias = self.weight, self.bias
         y = instance_norm_act(
             input, self.running_mean, self.running_var, weight, bias, use_input_stats, momentum, self.eps,

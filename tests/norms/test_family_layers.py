@@ -431,6 +431,29 @@ def test_eval_norm_estimates_its_shares() -> None:
     assert {"alpha", "beta", "alpha_products", "alpha_squares"} <= set(layer.state_dict())
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_eval_norm_estimates_by_its_equations(momentum: float | None, backend: str) -> None:
+    """alpha = sum (mu_B - mu)(mu_nc - mu) / sum (mu_nc - mu)^2, both as moving averages; beta one step of SGD on sum (V_B - estimate)^2,
+    its step divided by the squared slope; all of it by the running statistics from before the batch."""
+    layer = nf.EvalNorm2d(6, momentum=momentum, estimate=True, backend=backend).double().to(DEVICE)
+    mean, var, beta = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64), 0.0
+    products = squares = 0.0
+    for step in range(1, 4):
+        x = data(SHAPE, torch.float64, seed=step, mean=0.5)
+        layer(x)
+        m, flat = 1 / step if momentum is None else momentum, x.cpu().flatten(2)
+        own, own_var, both, biased = flat.mean(2), flat.var(2, correction=0), flat.mean((0, 2)), flat.var((0, 2), correction=0)
+        products = (1 - m) * products + m * float(((both - mean) * (own - mean)).mean())
+        squares = (1 - m) * squares + m * float(((own - mean) ** 2).mean())
+        missed = biased - (beta * own_var + (1 - beta) * var + beta * (1 - beta) * (own - mean) ** 2)
+        slope = own_var - var + (1 - 2 * beta) * (own - mean) ** 2
+        beta = min(max(beta + m * float((missed * slope).sum() / slope.square().sum()), 0.0), 1.0)
+        mean, var = (1 - m) * mean + m * both, (1 - m) * var + m * flat.var((0, 2))
+        assert float(layer.alpha) == pytest.approx(min(max(products / squares, 0.0), 1.0), rel=1e-9)
+        assert float(layer.beta) == pytest.approx(beta, rel=1e-9)
+        torch.testing.assert_close(layer.running_var.cpu(), var)
+
+
 # ------------------------------------------------------------------------------------------------------- whitening
 def test_iter_norm_groups() -> None:
     assert nf.IterNorm2d(128).num_channels == 64

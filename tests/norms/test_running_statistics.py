@@ -14,7 +14,7 @@ import normfused as nf
 from tests.support.check import DEVICE, close, data, layout
 from tests.support.family import whiten
 
-SHAPES = [(4, 6), (3, 6, 5), (3, 6, 4, 3), (2, 6, 3, 2, 2)]
+SHAPES = [(4, 6), (2, 6), (3, 6, 5), (3, 6, 2), (3, 6, 4, 3), (2, 6, 3, 2, 2)]  # of two values the unbiased variance is twice the biased
 
 
 def _expected(batches: list[Tensor], momentum: float | None, instance: bool) -> tuple[Tensor, Tensor]:
