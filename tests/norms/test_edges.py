@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import normfused as nf
 import normfused.functional as NF
-from tests.support.check import DEVICE, arguments, close, compare, data, error, layout
+from tests.support.check import DEVICE, HALF, arguments, close, compare, data, error, layout
 from tests.support.formulas import BY_NAME, KINDS, Kind
 
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.name)
@@ -61,6 +62,29 @@ def test_long_sums_keep_their_digits(form: str, backend: str) -> None:
     sizes = (*(t.abs().max() for t in want[:2]), *(t.abs().sum((0, 2, 3)).max() for t in (dy * hat, dy)))
     errors = [float((a - b).abs().max() / size) for a, b, size in zip(got, want, sizes, strict=True)]
     assert max(errors) < 1e-6, errors
+
+
+@pytest.mark.parametrize("kind", SETS, ids=lambda k: k.name)
+@pytest.mark.parametrize("size", [300.0, 1e-3])
+def test_halves_of_any_size(kind: Kind, size: float, backend: str) -> None:
+    """Squares of float16 would overflow from 256 on and vanish below 2e-4."""
+    x = (data(kind.shape, torch.float64, mean=1.0) * size).half()
+    dy = data(kind.shape, torch.float16, seed=2, mean=0) * (1 if size > 1 else 1e-3)  # dx is as large as dy/|x|
+    a = arguments(kind, kind.shape, torch.float16, torch.float32, act="relu")
+    compare(kind, x, a, backend, dy=dy)
+
+
+@pytest.mark.parametrize("form", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_sums_of_many_halves(dtype: torch.dtype, form: str, backend: str) -> None:
+    """Of ones, some 1600 to a channel, and of a constant: a running sum in bfloat16 stalls at 256, in float16 at 2048."""
+    x = layout(data((2, 6, 40, 40), dtype, mean=1.0), form)
+    for name in ("batch", "instance", "group_3", "layer_channels", "frn"):
+        a = arguments(BY_NAME[name], (2, 6, 40, 40), dtype, torch.float32, act="relu")  # or the sums would cancel
+        compare(BY_NAME[name], x, a, backend, dy=torch.ones((), dtype=dtype, device=DEVICE).expand(x.shape))
+    layer = nf.BatchNormAct2d(6, momentum=1.0, affine=False, backend=backend).to(DEVICE)
+    layer(layout(torch.full((2, 6, 40, 40), 1.5, dtype=dtype, device=DEVICE), form))
+    close("running_mean", layer.running_mean, torch.full((6,), 1.5, dtype=torch.float64, device=DEVICE), 1e-6)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", CENTRED, ids=lambda k: k.name)

@@ -104,6 +104,30 @@ def test_copies_and_checkpoints(make: Any) -> None:
     }
 
 
+@pytest.mark.parametrize("kind", [nf.FilterResponseNorm2d, nf.FrozenBatchNormAct2d])
+def test_copies_of_layers_without_statistics_of_the_batch(kind: Any) -> None:
+    """As above; on meta and back; what is frozen has no parameters."""
+    options: dict[str, Any] = {"learnable_eps": "channel"} if kind is nf.FilterResponseNorm2d else {"act": "silu"}
+    layer = kind(6, **options)
+    with torch.no_grad():
+        for t in (*layer.parameters(), *layer.buffers()):
+            t.uniform_(0.5, 1.5)
+    x, other = data(SHAPE).cpu(), kind(6, **options)
+    other.load_state_dict(layer.state_dict())
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other):
+        assert torch.equal(twin(x), layer(x)) and torch.equal(twin.train(False)(x), layer(x))
+        assert all(a is not b for a, b in zip(twin.state_dict().values(), layer.state_dict().values(), strict=True))
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert copy.deepcopy(layer).to(dtype)(x.to(dtype)).dtype == dtype
+    with torch.device("meta"):
+        deferred = kind(6, **options)
+    assert deferred(x.to("meta")).is_meta
+    deferred = deferred.to_empty(device="cpu")
+    deferred.reset_parameters()
+    assert all(torch.equal(a, b) for a, b in zip(deferred.state_dict().values(), kind(6, **options).state_dict().values(), strict=True))
+    assert bool(list(layer.parameters())) == (kind is nf.FilterResponseNorm2d)
+
+
 @layers
 def test_empty_batch(make: Any, backend: str) -> None:
     """No samples, or samples of no positions; in training counted, and nothing else; the cumulative average too."""

@@ -197,6 +197,19 @@ def test_gradient_arrives_in_any_layout(member: Member, backend: str) -> None:
             same(summed, torch.autograd.grad(y, x, torch.ones_like(y))[0])
 
 
+@members
+def test_halves_of_any_size(member: Member, backend: str) -> None:
+    """Squares of float16 would overflow from 256 on and vanish below 2e-4; the batch is made to fit its own scale."""
+    for size in (300.0, 1e-3):
+        x = (data((3, 6, 5, 4), F64, mean=1.0) * size).half()
+        learned, kept = made(member, 6, torch.float32)
+        kept = {n: t * size if n in ("running_mean", "running_std") else t * size**2 if n == "running_var" else t for n, t in kept.items()}
+        want = member.oracle(x.double().cpu(), doubled(learned) | doubled(kept), member.training)
+        y = member.call(x, learned | kept, member.training, backend=backend)
+        close("y", y.cpu(), want, OUTPUT[torch.float16])
+        assert all(t.isfinite().all() for t in kept.values())
+
+
 @pytest.mark.triton_surface
 @members
 def test_in_short(member: Member, backend: str) -> None:
@@ -602,7 +615,8 @@ def test_nan_stays_in_its_sets(member: Member, bad: float, backend: str) -> None
 
 
 def test_switch_weights_under_a_common_offset(backend: str) -> None:
-    """Gradients of the mean's weights are sums of differences of means: an offset of 10^4 costs them nothing."""
+    """Gradients of the mean's weights are sums of differences of means: an offset of 10^4 costs them nothing (1e-4 found); as a
+    difference of two sums they would lose 3e-2."""
     member = switch_member()
     learned, kept = made(member, 6, torch.float32)
     x = (data((4, 6, 8, 6), mean=1.0) + 1e4).requires_grad_()
@@ -611,7 +625,7 @@ def test_switch_weights_under_a_common_offset(backend: str) -> None:
     (got,) = torch.autograd.grad(y, learned["mean_weight"], dy)
     wide = doubled(learned) | doubled(made(member, 6, torch.float32)[1])
     (want,) = torch.autograd.grad(member.oracle(x.detach().double().cpu(), wide, True), wide["mean_weight"], dy.double().cpu())
-    close("dmean_weight", got.cpu(), want, 2e-2)
+    close("dmean_weight", got.cpu(), want, 1e-3)
 
 
 def test_affine_is_optional(backend: str) -> None:
