@@ -590,7 +590,6 @@ def reached(member: Member, training: bool) -> Tensor:
     return found
 
 
-@pytest.mark.triton_surface
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @members
 def test_nan_stays_in_its_sets(member: Member, bad: float, backend: str) -> None:
