@@ -73,6 +73,21 @@ def kind_and_place(op: str, name: str, value: Tensor, x: Tensor) -> None:
         raise DeviceError(f"{op}: {name} must be on the input's device {x.device}, got {value.device}")
 
 
+def statistic(op: str, name: str, value: Tensor | None, x: Tensor, shape: Sequence[int] | int) -> None:
+    """A running statistic: a buffer of that shape, in which nothing is differentiable."""
+    parameter(op, name, value, x, shape)
+    if value is not None and value.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(f"{op}: {name} must be a buffer, in which the norm is not differentiable, got one with requires_grad=True")
+
+
+def statistics(op: str, mean: Tensor | None, other: Tensor | None, name: str = "running_var", *, needed: str = "") -> None:
+    """Both or neither; both, where ``needed`` says when that is."""
+    if (mean is None) != (other is None) or (needed and mean is None):
+        must = f"be given {needed}" if needed else "both be given or both be None"
+        first, second = ("None" if t is None else "a tensor" for t in (mean, other))
+        raise ArgumentError(f"{op}: running_mean and {name} must {must}, got running_mean={first} and {name}={second}")
+
+
 def act_weight(op: str, value: Tensor | None, x: Tensor, channels: int, act_name: str) -> None:
     """The tensor that belongs to PReLU or TLU: one value or one per channel."""
     name = "PReLU's weight" if act_name == "prelu" else "TLU's tau"
@@ -96,8 +111,14 @@ def residual(op: str, value: Tensor, x: Tensor) -> None:
         raise DeviceError(f"{op}: residual must be on the input's device {x.device}, got {value.device}")
 
 
+def number(op: str, name: str, value: object, also: str = "") -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number{also}, got {type(value).__name__}")
+
+
 def eps(op: str, value: float, *, positive: bool = False) -> None:
-    if value < 0 or (positive and value == 0):
+    number(op, "eps", value)
+    if not (value > 0 if positive else value >= 0):  # so that NaN is refused too
         raise ValueError(f"{op}: eps must be {'positive in training' if positive else 'non-negative'}, got {value}")
 
 

@@ -30,7 +30,7 @@ __all__ = ["LayerReport", "Observation", "Report", "diagnose", "observe"]
 # a straight piece of zero or small slope below the threshold, one of slope 1 above
 _BENT = ("relu", "leaky_relu", "prelu", "relu6", "tlu")
 
-Outputs = Union[Iterable[str], Callable[[str, nn.Module], bool]]
+Outputs = Union[str, Iterable[str], Callable[[str, nn.Module], bool]]
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Observation:
         elif callable(outputs):
             wanted = {name for name, m in modules.items() if outputs(name, m)}
         else:
-            wanted = set(outputs)
+            wanted = {outputs} if isinstance(outputs, str) else set(outputs)
             unknown = sorted(wanted - set(modules))
             if unknown:
                 raise ValueError(
@@ -348,7 +348,7 @@ def observe(model: nn.Module, *, outputs: Outputs | None = None, channel_dim: in
 
     Args:
         model: any module, in training or evaluation mode, which is left as it is. Functions (``F.relu``) cannot be seen.
-        outputs: names of modules, or ``function(name, module)``, whose outputs' variance is collected too, such as residual blocks.
+        outputs: names of modules, or one, or ``function(name, module)``, whose outputs' variance is collected too, e.g. residual blocks.
         channel_dim: the dimension of units in activations and in the model's input (default 1); of layer and RMS norms along rows it
             is the last.
 

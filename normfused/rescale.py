@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import checks
 from .activations import ActivationLike, Composed, from_module, module_of
 from .epilogues import affine_act, rescaled_residual
+from .norms.base import known_backend, take_other_shapes
 from .problem import accumulation_dtype
 
 __all__ = ["InputBias", "RescaledResidual", "rescale_init_", "rescale_parameter_groups", "rescale_schedule"]
@@ -62,6 +63,7 @@ class _Act(nn.Module):
 
     def __init__(self, act: ActivationLike, channels: int, backend: str | None, device: Any, dtype: Any) -> None:
         super().__init__()
+        known_backend(type(self).__name__, backend)
         self.act = module_of(act, channels, device, dtype)
         self.backend = backend
 
@@ -144,15 +146,21 @@ class InputBias(_Act):
         checks.floating("InputBias", input)
         checks.min_dim("InputBias", input, 2)
         checks.channels("InputBias", input, self.num_features)
+        checks.parameter("InputBias", "bias", self.bias, input, self.num_features)
+        checks.statistic("InputBias", "init_mean", self.init_mean, input, self.num_features)
         wide = accumulation_dtype(input.dtype)
+        measured: tuple[Tensor, Tensor] | None = None
         if self._measures() and input.numel() > 0:
-            mean, share = self._measure(input, wide)
-            shift = self.bias.to(wide) * share - mean
+            mean, first = measured = self._measure(input, wide)
+            shift = self.bias.to(wide) * (1 - 0.99 * first.to(wide)) - mean
         else:
             shift = self._shift(wide)
         act: ActivationLike = "identity" if self.act is None else self.act
         before, after = (shift, None) if self.act_last else (None, shift)
-        return affine_act(input, None, before, act=act, shift_after=after, backend=self.backend)
+        y = affine_act(input, None, before, act=act, shift_after=after, backend=self.backend)
+        if measured is not None:  # not before the call that may raise
+            self._keep(*measured)
+        return y
 
     def _measures(self) -> bool:
         return self.training and self._steps < self.batches
@@ -169,21 +177,24 @@ class InputBias(_Act):
 
     @torch.no_grad()
     def _measure(self, input: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(the mean so far, which this batch has entered if it is one of the first T; the share of b)."""
+        """(the mean so far, which this batch has entered if it is one of the first T; whether it is)."""
         value = input.detach()
         if self.act is not None and not self.act_last:
             value = affine_act(value, act=self.act, backend=self.backend)
         mean = value.mean([d for d in range(value.dim()) if d != 1], dtype=wide)
         old = self.init_mean.to(wide)
         first = self.count < self.batches
-        new = torch.where(first, old + (mean - old) / (self.count + 1), old)
-        self.init_mean.copy_(new)
+        return torch.where(first, old + (mean - old) / (self.count + 1), old), first
+
+    @torch.no_grad()
+    def _keep(self, mean: Tensor, first: Tensor) -> None:
+        self.init_mean.copy_(mean)
         self.count.add_(first.to(torch.int64))
-        if not torch.compiler.is_compiling() and not (value.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not torch.compiler.is_compiling() and not (mean.is_cuda and torch.cuda.is_current_stream_capturing()):
             self._steps += 1
-        return new, 1 - 0.99 * first.to(wide)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        take_other_shapes(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         count = state_dict.get(prefix + "count")
         if isinstance(count, Tensor) and not count.is_meta:

@@ -133,6 +133,7 @@ def test_errors_and_user_hooks() -> None:
         observe(net).report()
     with pytest.raises(ValueError, match=r"outputs must name modules of the model, got \['2'\]"):
         observe(net, outputs=["2"])
+    assert [row.name for row in diagnose(net, torch.randn(3, 4), outputs="0").layers] == ["0", "1"]  # one name stands for itself
     with pytest.raises(ValueError, match="must have the same units in every batch, got 3 after 4"):
         diagnose(nn.Sequential(nn.ReLU()), [torch.randn(2, 4), torch.randn(2, 3)])
     seen: list[int] = []

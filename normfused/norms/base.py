@@ -134,6 +134,19 @@ def own(module: Any, name: str) -> Tensor | None:
     return parameters[name] if name in parameters else getattr(module, name)
 
 
+def take_other_shapes(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Gives what a checkpoint holds as (1, C, 1, 1) and the like the module's own shapes."""
+    for name, own in (*module._parameters.items(), *module._buffers.items()):
+        given = state_dict.get(prefix + name)
+        if own is not None and isinstance(given, Tensor) and given.shape != own.shape and given.squeeze().shape == own.squeeze().shape:
+            state_dict[prefix + name] = given.reshape(own.shape)
+
+
+def known_backend(op: str, backend: str | None) -> None:
+    if backend is not None and backend not in ("auto", *dispatch.BACKENDS):
+        raise ValueError(f"{op}: unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")
+
+
 class NormActMixin:
     """The part of a layer that torch's class does not have: ``act`` (a child module or None), ``residual_mode``, ``backend``."""
 
@@ -159,8 +172,7 @@ class NormActMixin:
         name = type(self).__name__
         if residual_mode not in modes:
             raise ValueError(f"{name}: residual_mode must be one of {', '.join(modes)}, got {residual_mode!r}")
-        if backend is not None and backend not in ("auto", *dispatch.BACKENDS):
-            raise ValueError(f"{name}: unknown backend {backend!r}; known: auto, {', '.join(dispatch.BACKENDS)}")
+        known_backend(name, backend)
         checks.eps(name, getattr(self, "eps", None) or 0.0)
         if not bias:
             # torch has bias= for these layers from 2.13 on; this is the same on every version

@@ -89,16 +89,13 @@ def batch_instance_norm_act(
         raise TypeError(f"{op}: gate must be a Tensor, got {type(gate).__name__}")
     per_channel(op, x, gate=gate, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     checks.more_than_one_position(op, x)
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise checks.ArgumentError(f"{op}: running_mean and running_var must both be given or both be None, got {missing}=None")
+    checks.statistics(op, running_mean, running_var, needed="" if training else "when training=False")
     statistics: dict[str, Tensor | None] = {"batch_mean": None, "batch_var": None}
     if training:
         if running_mean is not None:
             need_counter(op, momentum, num_batches_tracked)
-    elif running_mean is None or running_var is None:
-        raise checks.ArgumentError(f"{op}: running_mean and running_var must be given when training=False, got None")
     else:
+        assert running_mean is not None and running_var is not None
         if not (gate.requires_grad and torch.is_grad_enabled()) and known_to_be(1.0, gate):
             y: Tensor = call(
                 op, x, weight, bias, CHANNEL, STANDARD, 1, eps, act, act_param, residual, residual_mode, backend,

@@ -10,6 +10,7 @@ from .. import checks
 from ..activations import ActivationLike
 from ..problem import CHANNEL, PRE_ACT, STANDARD
 from .base import NormActMixin, call, own
+from .tracked import need_counter
 
 
 def batch_norm_act(
@@ -101,25 +102,12 @@ def check_batch_norm(
         checks.parameter(op, "weight", weight, x, channels)
     if bias is not None:
         checks.parameter(op, "bias", bias, x, channels)
+    checks.statistics(op, running_mean, running_var, needed="" if training else "when training=False")
     if running_mean is not None:
-        checks.parameter(op, "running_mean", running_mean, x, channels)
-    if running_var is not None:
-        checks.parameter(op, "running_var", running_var, x, channels)
-    if training:
-        if (running_mean is None) != (running_var is None):
-            raise checks.ArgumentError(
-                f"{op}: running_mean and running_var must both be given or both be None, got {_which(running_mean, running_var)}"
-            )
-        if momentum is None and running_mean is not None and counter is None:
-            raise ValueError(f"{op}: momentum=None averages over all batches and needs num_batches_tracked, got None")
-    elif running_mean is None or running_var is None:
-        raise checks.ArgumentError(
-            f"{op}: running_mean and running_var must be given when training=False, got {_which(running_mean, running_var)}"
-        )
-
-
-def _which(running_mean: Tensor | None, running_var: Tensor | None) -> str:
-    return f"running_mean={'None' if running_mean is None else 'a tensor'} and running_var={'None' if running_var is None else 'a tensor'}"
+        checks.statistic(op, "running_mean", running_mean, x, channels)
+        checks.statistic(op, "running_var", running_var, x, channels)
+        if training:
+            need_counter(op, momentum, counter)
 
 
 class _BatchNormAct(NormActMixin, nn.modules.batchnorm._BatchNorm):

@@ -105,15 +105,16 @@ def batch_renorm_act(
     checks.floating(op, x)
     checks.min_dim(op, x, 2)
     checks.eps(op, eps, positive=training)
-    for name, value in (("running_mean", running_mean), ("running_std", running_std)):
-        if value is None:
-            raise checks.ArgumentError(f"{op}: running_mean and running_std must both be given, got {name}=None")
+    checks.statistics(op, running_mean, running_std, "running_std", needed="in training and evaluation")
     per_channel(op, x, weight=weight, bias=bias, running_mean=running_mean, running_std=running_std)
     for name, bound, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if not isinstance(bound, Tensor) and not bound >= least:
+        if isinstance(bound, Tensor):
+            if bound.numel() != 1:
+                raise checks.ShapeError(f"{op}: {name} must be a number or a scalar tensor, got shape {tuple(bound.shape)}")
+            continue
+        checks.number(op, name, bound, " or a scalar tensor")
+        if not bound >= least:
             raise ValueError(f"{op}: {name} must be at least {least}, got {bound}")
-        if isinstance(bound, Tensor) and bound.numel() != 1:
-            raise checks.ShapeError(f"{op}: {name} must be a number or a scalar tensor, got shape {tuple(bound.shape)}")
     y: Tensor
     if not training:
         mean, std = frozen_copy(running_mean, x), frozen_copy(running_std, x)

@@ -89,6 +89,8 @@ def run_rule(
     given = {name: value for name, value in parameters.items() if value is not None}
     absent = dict.fromkeys(name for name, value in parameters.items() if value is None)
     for name, value in given.items():
+        if value.is_complex():
+            raise checks.DTypeError(f"{op}: parameter {name} must be real, got {str(value.dtype).removeprefix('torch.')}")
         if value.device != x.device:
             raise checks.DeviceError(f"{op}: parameter {name} must be on the input's device {x.device}, got {value.device}")
 

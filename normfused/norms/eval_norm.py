@@ -14,7 +14,18 @@ from ..problem import CHANNEL, PRE_ACT, STANDARD
 from .base import call, own
 from .batch_norm import _BatchNormAct, batch_norm_act
 from .custom import run_rule
-from .tracked import batch_norm_options, copy_parameters, frozen_copy, known_to_be, momentum_factor, per_channel, pooled, positions, track
+from .tracked import (
+    batch_norm_options,
+    copy_parameters,
+    frozen_copy,
+    known_to_be,
+    momentum_factor,
+    need_counter,
+    per_channel,
+    pooled,
+    positions,
+    track,
+)
 
 Share = float | Tensor
 
@@ -98,9 +109,7 @@ def eval_norm_act(
     checks.floating(op, x)
     checks.min_dim(op, x, 2)
     checks.eps(op, eps)
-    for name, value in (("running_mean", running_mean), ("running_var", running_var)):
-        if value is None:
-            raise checks.ArgumentError(f"{op}: running_mean and running_var must both be given, got {name}=None")
+    checks.statistics(op, running_mean, running_var, needed="in evaluation")
     per_channel(op, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     mean, var = frozen_copy(running_mean, x), frozen_copy(running_var, x)
     shares = {name: _share(op, name, value, x) for name, value in (("alpha", alpha), ("beta", beta))}
@@ -127,6 +136,7 @@ def _share(op: str, name: str, value: Share, x: Tensor) -> Tensor:
 
 
 def _check_share(op: str, name: str, value: float) -> None:
+    checks.number(op, name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{op}: {name} must lie in [0, 1], got {value}")
 
@@ -230,6 +240,8 @@ class _EvalNorm(_BatchNormAct):
         op, counter = "eval_norm_act", cast(Tensor, self.num_batches_tracked)
         checks.floating(op, x)
         checks.eps(op, self.eps, positive=True)
+        checks.statistics(op, running_mean, running_var, needed="with estimate=True")
+        need_counter(op, self.momentum, counter)
         per_channel(op, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
         checks.more_than_one_value(op, x)
         rule = partial(_batch_rule, eps=self.eps)
@@ -248,7 +260,8 @@ class _EvalNorm(_BatchNormAct):
 
     def _move_shares(self, mean: Tensor, var: Tensor, batch_mean: Tensor, batch_var: Tensor, old_mean: Tensor, old_var: Tensor) -> None:
         apart = mean - old_mean
-        factor = momentum_factor(self.momentum, cast(Tensor, self.num_batches_tracked) + 1, mean.dtype)
+        counter = self.num_batches_tracked
+        factor = momentum_factor(self.momentum, None if counter is None else counter + 1, mean.dtype)
 
         def move(running: Tensor, value: Tensor) -> Tensor:
             new = torch.lerp(running.to(value.dtype), value, factor)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..activations import TLU, Activation, ActivationLike
 from ..problem import PRE_ACT, RMS, SAMPLE_GROUP
-from .base import NormActMixin, call
+from .base import NormActMixin, call, take_other_shapes
 
 _TLU = Activation("tlu")
 
@@ -128,6 +128,10 @@ class _FilterResponseNorm(NormActMixin, nn.Module):
             act=self.act, residual=residual, residual_mode=self.residual_mode, backend=self.backend,
         )  # fmt: skip
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        take_other_shapes(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def extra_repr(self) -> str:
         own = f"{self.num_features}, eps={self.eps}, tlu={self.tlu}"
         own += f", learnable_eps={self.learnable_eps}" if self.learnable_eps else ""
@@ -146,7 +150,8 @@ _DOC = r"""Filter response norm with TLU over {shape}; see `filter_response_norm
         backend: None (default: the selected one) or a backend's name, for this layer alone.
         device, dtype: of the parameters.
 
-    State dict: weight 1, bias 0, tau 0, all (C,), timm's names; eps_l (1,) or (C,) if learned.
+    State dict: weight 1, bias 0, tau 0, all (C,), timm's names; eps_l (1,) or (C,) if learned. Others' (1, C, 1, 1)
+    is taken too.
 
     Reference: Singh & Krishnan, *Filter Response Normalization Layer*, arXiv 1911.09737.
     """

@@ -11,6 +11,7 @@ from .. import checks
 from ..activations import ActivationLike
 from ..problem import CHANNEL, PRE_ACT, SAMPLE_GROUP, STANDARD
 from .base import NormActMixin, call
+from .tracked import need_counter
 
 
 def instance_norm_act(
@@ -66,18 +67,14 @@ def instance_norm_act(
         checks.parameter(op, "weight", weight, x, channels)
     if bias is not None:
         checks.parameter(op, "bias", bias, x, channels)
+    checks.statistics(op, running_mean, running_var, needed="" if use_input_stats else "when use_input_stats=False")
     if running_mean is not None:
-        checks.parameter(op, "running_mean", running_mean, x, channels)
-    if running_var is not None:
-        checks.parameter(op, "running_var", running_var, x, channels)
+        checks.statistic(op, "running_mean", running_mean, x, channels)
+        checks.statistic(op, "running_var", running_var, x, channels)
+        if use_input_stats:
+            need_counter(op, momentum, num_batches_tracked)
     if use_input_stats:
         checks.more_than_one_position(op, x)
-        if (running_mean is None) != (running_var is None):
-            raise checks.ArgumentError(f"{op}: running_mean and running_var must both be given or both be None")
-        if momentum is None and running_mean is not None and num_batches_tracked is None:
-            raise ValueError(f"{op}: momentum=None averages over all calls and needs num_batches_tracked, got None")
-    elif running_mean is None or running_var is None:
-        raise checks.ArgumentError(f"{op}: running_mean and running_var must be given when use_input_stats=False")
     y: Tensor = call(
         op, x, weight, bias, SAMPLE_GROUP if use_input_stats else CHANNEL, STANDARD, channels if use_input_stats else 1,
         eps, act, act_param, residual, residual_mode, backend,
@@ -126,7 +123,7 @@ class _InstanceNormAct(NormActMixin, nn.modules.instancenorm._InstanceNorm):
         counter = self.num_batches_tracked if self.momentum is None else None
         momentum = 0.0 if self.momentum is None and counter is None else self.momentum
         if unbatched:
-            input, residual = input.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
+            input, residual = input.unsqueeze(0), residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
         weight, bias = self.weight, self.bias
         y = instance_norm_act(
             input, self.running_mean, self.running_var, weight, bias, use_input_stats, momentum, self.eps,

@@ -193,6 +193,8 @@ class _Whiten(torch.autograd.Function):
 
 # --------------------------------------------------------------------------------------------------- the norm
 def _group_size(op: str, channels: int, wanted: int | None) -> int:
+    if channels < 1:
+        raise ValueError(f"{op}: there must be at least 1 channel to whiten, got {channels}")
     if wanted is None:
         return max(size for size in range(1, min(channels, _LARGEST_GROUP) + 1) if channels % size == 0)
     if wanted < 1 or channels % wanted:
@@ -270,11 +272,9 @@ def iter_norm_act(
     if num_channels is None and running_wm is not None and running_wm.dim() == 3:
         num_channels = running_wm.shape[2]
     d = _group_size(op, channels, num_channels)
+    checks.statistics(op, running_mean, running_wm, "running_wm", needed="" if training else "when training=False")
     for name, value, last in (("running_mean", running_mean, 1), ("running_wm", running_wm, d)):
-        checks.parameter(op, name, value, x, (channels // d, d, last))
-    if (running_mean is None) != (running_wm is None):
-        missing = "running_mean" if running_mean is None else "running_wm"
-        raise checks.ArgumentError(f"{op}: running_mean and running_wm must both be given or both be None, got {missing}=None")
+        checks.statistic(op, name, value, x, (channels // d, d, last))
     if residual_mode not in RESIDUAL_MODES:
         raise ValueError(f"{op}: residual_mode must be one of {', '.join(RESIDUAL_MODES)}, got {residual_mode!r}")
     if residual is not None:
@@ -283,8 +283,6 @@ def iter_norm_act(
         checks.more_than_one_value(op, x)
         if running_mean is not None:
             need_counter(op, momentum, num_batches_tracked)
-    elif running_mean is None:
-        raise checks.ArgumentError(f"{op}: running_mean and running_wm must be given when training=False, got None")
     fused, act_weight, composed = resolve_act(op, act, act_param, x, channels)
     dispatch.choose(x.device.type, x.dtype, backend)  # raises before anything is written
     wide = x.to(accumulation_dtype(x.dtype))

@@ -149,9 +149,7 @@ def switch_norm_act(
     per_channel(op, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if unbiased_instance_var and x.dim() > 2 and positions(x) == 1:
         raise ValueError(f"{op}: Expected more than 1 spatial element with unbiased_instance_var=True, got input size {tuple(x.shape)}")
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise checks.ArgumentError(f"{op}: running_mean and running_var must both be given or both be None, got {missing}=None")
+    checks.statistics(op, running_mean, running_var, needed="when training=False" if "bn" in using and not training else "")
     tracked = "bn" in using and running_mean is not None
     given: dict[str, Tensor | None] = {"running_mean": None, "running_var": None}
     if "bn" in using and training:
@@ -159,8 +157,7 @@ def switch_norm_act(
         if tracked:
             need_counter(op, momentum if using_moving_average else None, num_batches_tracked)
     elif "bn" in using:
-        if running_mean is None or running_var is None:
-            raise checks.ArgumentError(f"{op}: running_mean and running_var must be given when training=False, got None")
+        assert running_mean is not None and running_var is not None
         given = {"running_mean": frozen_copy(running_mean, x), "running_var": frozen_copy(running_var, x)}
     factors = _unbiased(x.shape) if unbiased_instance_var else (1.0, 1.0, 1.0)
     parameters = {"mean_weight": mean_weight, "var_weight": var_weight, "weight": weight, "bias": bias, **given}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks, ops
 from ..activations import ActivationLike
-from .base import NormActMixin
+from .base import NormActMixin, take_other_shapes
 
 
 def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -53,14 +53,17 @@ def track(momentum: float | None, counter: Tensor | None, *pairs: tuple[Tensor |
 
 
 def need_counter(op: str, momentum: float | None, counter: Tensor | None) -> None:
-    if momentum is None and counter is None:
+    """What an update of running statistics asks for."""
+    if momentum is not None:
+        checks.number(op, "momentum", momentum, " or None")
+    elif counter is None:
         raise ValueError(f"{op}: momentum=None averages over all batches and needs num_batches_tracked, got None")
 
 
 def per_channel(op: str, x: Tensor, **tensors: Tensor | None) -> None:
-    """Checks tensors of C elements."""
+    """Checks tensors of C elements; what is called running_* is a statistic."""
     for name, value in tensors.items():
-        checks.parameter(op, name, value, x, x.shape[1])
+        (checks.statistic if name.startswith("running_") else checks.parameter)(op, name, value, x, x.shape[1])
 
 
 def frozen_copy(t: Tensor, x: Tensor) -> Tensor:
@@ -136,10 +139,7 @@ class TrackedNormAct(NormActMixin, nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Also takes the shapes of the reference implementations, (1, C, 1, 1) and the like, and checkpoints without a counter."""
-        for name, own in (*self._parameters.items(), *self._buffers.items()):
-            given = state_dict.get(prefix + name)
-            if own is not None and isinstance(given, Tensor) and given.shape != own.shape and given.squeeze().shape == own.squeeze().shape:
-                state_dict[prefix + name] = given.reshape(own.shape)
+        take_other_shapes(self, state_dict, prefix)
         if self.num_batches_tracked is not None:
             state_dict.setdefault(f"{prefix}num_batches_tracked", self.num_batches_tracked)
         super()._load_from_state_dict(state_dict, prefix, *rest)

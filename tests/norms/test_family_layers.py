@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 from typing import Any
 
@@ -103,16 +104,44 @@ def test_copies_and_checkpoints(make: Any) -> None:
     }
 
 
+@pytest.mark.parametrize("kind", [nf.FilterResponseNorm2d, nf.FrozenBatchNormAct2d])
+def test_copies_of_layers_without_statistics_of_the_batch(kind: Any) -> None:
+    """As above; on meta and back; what is frozen has no parameters."""
+    options: dict[str, Any] = {"learnable_eps": "channel"} if kind is nf.FilterResponseNorm2d else {"act": "silu"}
+    layer = kind(6, **options)
+    with torch.no_grad():
+        for t in (*layer.parameters(), *layer.buffers()):
+            t.uniform_(0.5, 1.5)
+    x, other = data(SHAPE).cpu(), kind(6, **options)
+    other.load_state_dict(layer.state_dict())
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other):
+        assert torch.equal(twin(x), layer(x)) and torch.equal(twin.train(False)(x), layer(x))
+        assert all(a is not b for a, b in zip(twin.state_dict().values(), layer.state_dict().values(), strict=True))
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        assert copy.deepcopy(layer).to(dtype)(x.to(dtype)).dtype == dtype
+    with torch.device("meta"):
+        deferred = kind(6, **options)
+    assert deferred(x.to("meta")).is_meta
+    deferred = deferred.to_empty(device="cpu")
+    deferred.reset_parameters()
+    assert all(torch.equal(a, b) for a, b in zip(deferred.state_dict().values(), kind(6, **options).state_dict().values(), strict=True))
+    assert bool(list(layer.parameters())) == (kind is nf.FilterResponseNorm2d)
+
+
 @layers
-def test_empty_batch(make: Any) -> None:
-    layer = make().to(DEVICE)
-    before = copy.deepcopy(layer.state_dict())
-    y = layer(torch.empty(0, 6, 5, 3, device=DEVICE))
-    assert y.shape == (0, 6, 5, 3)
-    y.sum().backward()
-    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters() if p.grad is not None)
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name] + (name == "num_batches_tracked")), name
+def test_empty_batch(make: Any, backend: str) -> None:
+    """No samples, or samples of no positions; in training counted, and nothing else; the cumulative average too."""
+    for training, shape, momentum in itertools.product((True, False), ((0, 6, 5, 3), (4, 6, 0, 3)), (0.1, None)):
+        layer = make(momentum=momentum, backend=backend).to(DEVICE).train(training)
+        before = copy.deepcopy(layer.state_dict())
+        x = torch.empty(shape, device=DEVICE, requires_grad=True)
+        y = layer(x)
+        assert y.shape == shape
+        y.sum().backward()
+        assert x.grad is not None and x.grad.shape == shape
+        assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters() if p.grad is not None)
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, before[name] + (training and name == "num_batches_tracked")), name
 
 
 @layers
@@ -262,6 +291,13 @@ def test_reference_state_dicts() -> None:
         spread = {n: v[n].view(1, c, *[1] * dims) for n in ("weight", "bias")}
         running = {n: v[n].view(1, c, *[1] * min(dims, 1)) for n in ("running_mean", "running_var")}
         cases.append((kind(c), spread | running | logits))
+    timm = {"weight": v["weight"], "bias": v["bias"], "tau": v["gate"]}
+    cases += [(nf.FilterResponseNorm2d(c), timm), (nf.FilterResponseNorm2d(c), {n: t.view(1, c, 1, 1) for n, t in timm.items()})]
+    cases.append(
+        (nf.FilterResponseNorm2d(c, act="relu", learnable_eps=True), {n: v[n] for n in ("weight", "bias")} | {"eps_l": torch.rand(())})
+    )
+    cases.append((nf.InputBias(c), {"bias": v["bias"].view(1, c, 1, 1), "init_mean": v["gate"], "count": torch.tensor(1)}))
+    cases.append((nf.FrozenBatchNormAct2d(c), dict(batch)))  # detectron2's and torchvision's
     spread = {n: v[n].view(1, c, 1, 1) for n in ("weight", "bias")}
     cases.append((nf.IterNorm2d(c, 3), spread | {"running_mean": torch.rand(2, 3, 1), "running_wm": torch.rand(2, 3, 3)}))
     for layer, state in cases:
@@ -271,6 +307,8 @@ def test_reference_state_dicts() -> None:
         for name, value in layer.state_dict().items():
             if name in state:
                 assert torch.equal(value, state[name].reshape(value.shape)), name
+        if not any(isinstance(layer, kind) for kind in (nf.EvalNorm2d, nf.InputBias)):  # and back, in our shapes, but for our counter
+            assert set(layer.state_dict()) - {"num_batches_tracked"} == set(state) - {"num_batches_tracked"}
     with pytest.raises(RuntimeError, match="size mismatch"):
         nf.SwitchNormAct2d(c).load_state_dict({n: torch.rand(5) for n in nf.SwitchNormAct2d(c).state_dict()})
 
@@ -417,6 +455,29 @@ def test_eval_norm_estimates_its_shares() -> None:
     assert {"alpha", "beta", "alpha_products", "alpha_squares"} <= set(layer.state_dict())
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_eval_norm_estimates_by_its_equations(momentum: float | None, backend: str) -> None:
+    """alpha = sum (mu_B - mu)(mu_nc - mu) / sum (mu_nc - mu)^2, both as moving averages; beta one step of SGD on sum (V_B - estimate)^2,
+    its step divided by the squared slope; all of it by the running statistics from before the batch."""
+    layer = nf.EvalNorm2d(6, momentum=momentum, estimate=True, backend=backend).double().to(DEVICE)
+    mean, var, beta = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64), 0.0
+    products = squares = 0.0
+    for step in range(1, 4):
+        x = data(SHAPE, torch.float64, seed=step, mean=0.5)
+        layer(x)
+        m, flat = 1 / step if momentum is None else momentum, x.cpu().flatten(2)
+        own, own_var, both, biased = flat.mean(2), flat.var(2, correction=0), flat.mean((0, 2)), flat.var((0, 2), correction=0)
+        products = (1 - m) * products + m * float(((both - mean) * (own - mean)).mean())
+        squares = (1 - m) * squares + m * float(((own - mean) ** 2).mean())
+        missed = biased - (beta * own_var + (1 - beta) * var + beta * (1 - beta) * (own - mean) ** 2)
+        slope = own_var - var + (1 - 2 * beta) * (own - mean) ** 2
+        beta = min(max(beta + m * float((missed * slope).sum() / slope.square().sum()), 0.0), 1.0)
+        mean, var = (1 - m) * mean + m * both, (1 - m) * var + m * flat.var((0, 2))
+        assert float(layer.alpha) == pytest.approx(min(max(products / squares, 0.0), 1.0), rel=1e-9)
+        assert float(layer.beta) == pytest.approx(beta, rel=1e-9)
+        torch.testing.assert_close(layer.running_var.cpu(), var)
+
+
 # ------------------------------------------------------------------------------------------------------- whitening
 def test_iter_norm_groups() -> None:
     assert nf.IterNorm2d(128).num_channels == 64
@@ -436,7 +497,7 @@ X, ROW, ONE = torch.randn(4, 6, 3, 3), torch.randn(1, 6), torch.randn(4, 6, 1, 1
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "renorm, one value": (lambda: NF.batch_renorm_act(ROW, c6(), c6(), training=True), ValueError, "more than 1 value per channel"),
     "renorm, eps": (lambda: NF.batch_renorm_act(X, c6(), c6(), training=True, eps=0.0), ValueError, "eps must be positive in training"),
-    "renorm, no statistics": (lambda: NF.batch_renorm_act(X, None, c6()), nf.ArgumentError, "must both be given, got running_mean=None"),
+    "renorm, no statistics": (lambda: NF.batch_renorm_act(X, None, c6()), nf.ArgumentError, "got running_mean=None and"),
     "renorm, r_max": (lambda: NF.batch_renorm_act(X, c6(), c6(), r_max=0.5), ValueError, "r_max must be at least 1, got 0.5"),
     "renorm, d_max": (lambda: NF.batch_renorm_act(X, c6(), c6(), d_max=-1), ValueError, "d_max must be at least 0, got -1"),
     "renorm, bound": (lambda: NF.batch_renorm_act(X, c6(), c6(), r_max=c6()), nf.ShapeError, r"scalar tensor, got shape \(6,\)"),
@@ -448,7 +509,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "bin, one position in evaluation": (lambda: NF.batch_instance_norm_act(ONE, c6(), c6(), c6()), ValueError, "more than 1 spatial"),
     "bin, gate": (lambda: NF.batch_instance_norm_act(X, c6(n=3), training=True), nf.ShapeError, r"gate must have shape \(6,\)"),
     "bin, no gate": (lambda: NF.batch_instance_norm_act(X, None, training=True), TypeError, "gate must be a Tensor, got NoneType"),
-    "bin, statistics": (lambda: NF.batch_instance_norm_act(X, c6()), nf.ArgumentError, "when training=False, got None"),
+    "bin, statistics": (lambda: NF.batch_instance_norm_act(X, c6()), nf.ArgumentError, "when training=False, got running_mean=None"),
     "bin, one statistic": (lambda: NF.batch_instance_norm_act(X, c6(), c6(), training=True), nf.ArgumentError, "running_var=None"),
     "switch, one value": (
         lambda: NF.switch_norm_act(ROW, c6(n=2), c6(n=2), training=True, using=("ln", "bn")), ValueError, "more than 1 value per channel",
@@ -460,7 +521,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "switch, logits": (lambda: NF.switch_norm_act(X, c6(n=2), c6(n=3)), nf.ShapeError, r"mean_weight must have shape \(3,\).*got \(2,\)"),
     "switch, using": (lambda: nf.SwitchNormAct2d(6, using=("bn", "in")), ValueError, "in this order, got"),
     "switch, unknown": (lambda: NF.switch_norm_act(X, c6(n=1), c6(n=1), using=("gn",)), ValueError, "using must be some of"),
-    "switch, statistics": (lambda: NF.switch_norm_act(X, c6(n=3), c6(n=3)), nf.ArgumentError, "when training=False, got None"),
+    "switch, statistics": (lambda: NF.switch_norm_act(X, c6(n=3), c6(n=3)), nf.ArgumentError, "when training=False, got running_mean=None"),
     "switch, average": (
         lambda: NF.switch_norm_act(X, c6(n=3), c6(n=3), c6(), c6(), training=True, using_moving_average=False), ValueError, "num_batches",
     ),
@@ -469,7 +530,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "mean only, bias": (lambda: NF.mean_only_batch_norm_act(X, c6(), c6().double()), nf.DTypeError, "bias must be float32.*got float64"),
     "eval norm, share": (lambda: NF.eval_norm_act(X, c6(), c6(), alpha=1.5, beta=0.0), ValueError, r"alpha must lie in \[0, 1\], got 1.5"),
     "eval norm, shares": (lambda: NF.eval_norm_act(X, c6(), c6(), alpha=0.1, beta=c6()), nf.ShapeError, "beta must be a number or"),
-    "eval norm, statistics": (lambda: NF.eval_norm_act(X, c6(), None, alpha=0.1, beta=0.1), nf.ArgumentError, "got running_var=None"),
+    "eval norm, statistics": (lambda: NF.eval_norm_act(X, c6(), None, alpha=0.1, beta=0.1), nf.ArgumentError, "and running_var=None"),
     "eval norm, batch": (lambda: nf.EvalNorm2d(6, batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
     "eval norm, one value": (lambda: nf.EvalNorm1d(6, estimate=True)(ROW), ValueError, "more than 1 value per channel"),
     "whitening, one value": (lambda: NF.iter_norm_act(ROW, training=True), ValueError, "more than 1 value per channel"),
@@ -479,7 +540,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "whitening, matrix": (
         lambda: NF.iter_norm_act(X, torch.zeros(2, 3, 1), torch.zeros(1, 3, 3)), nf.ShapeError, r"running_wm must have shape \(2, 3, 3\)",
     ),
-    "whitening, statistics": (lambda: NF.iter_norm_act(X), nf.ArgumentError, "when training=False, got None"),
+    "whitening, statistics": (lambda: NF.iter_norm_act(X), nf.ArgumentError, "when training=False, got running_mean=None"),
     "whitening, residual": (lambda: NF.iter_norm_act(X, training=True, residual=ONE), nf.ShapeError, "the input's shape"),
     "channels": (lambda: nf.SwitchNormAct2d(5)(X), nf.ShapeError, "5 channels.*got 6"),
     "type": (lambda: nf.BatchRenormAct2d(6)(X.long()), nf.DTypeError, "got int64"),
@@ -495,8 +556,73 @@ def test_bad_input(case: str) -> None:
         call()
 
 
-@layers
-def test_a_call_that_raises_changes_nothing(make: Any) -> None:
+# ------------------------------------------------------------------------------------------------------- calls that raise
+OWN = nf.define_norm(
+    lambda mean, var, weight, seen: (weight * (var + EPS).rsqrt(), 0 * seen - mean * (var + EPS).rsqrt()), {"weight": 1.0}, {"seen": 0.0},
+    lambda mean, var, seen: {"seen": seen + mean.mean(0)}, "Own",
+)  # fmt: skip
+EVERY: dict[str, Any] = LAYERS | {
+    "batch": lambda **k: nf.BatchNormAct2d(6, **k),
+    "instance": lambda **k: nf.InstanceNormAct2d(6, track_running_stats=True, momentum=None, **k),
+    "frozen": lambda **k: nf.FrozenBatchNormAct2d(6, **k),
+    "own": lambda **k: OWN(6, **k),
+    "input bias": lambda **k: nf.InputBias(6, 3, act_last=True, **k),
+}
+
+
+def with_attribute(name: str, value: Any) -> Any:
+    def change(layer: Any) -> None:
+        assert hasattr(layer, name)
+        setattr(layer, name, value)
+
+    return change
+
+
+def statistic_requires_grad(layer: Any) -> None:
+    (layer.init_mean if isinstance(layer, nf.InputBias) else layer.running_mean).requires_grad_()
+
+
+# what is done to the layer, its inputs, the error's type (torch's) and message; which layers it is no error for
+FAILS: dict[str, tuple[Any, Any, type[Exception], str, tuple[str, ...]]] = {
+    "backend": (with_attribute("backend", "tritn"), (X,), ValueError, "unknown backend 'tritn'; known: auto", ()),
+    "activation": (with_attribute("act", nn.PReLU(4)), (X,), RuntimeError, r"must have 1 or 6 elements, got shape \(4,\)", ()),
+    "residual": (None, (X, X[:2]), RuntimeError, r"\(4, 6, 3, 3\), got \(2, 6, 3, 3\)", ("input bias",)),
+    "residual's type": (None, (X, X.double()), TypeError, "type float32, got float64", ("input bias",)),
+    "residual's mode": (with_attribute("residual_mode", "mid"), (X,), ValueError, "pre_act, post_act, got 'mid'", ("input bias",)),
+    "type": (None, (X.double(),), TypeError, "must be float64 to go with the input, got float32", ("own",)),
+    "complex": (None, (X.to(torch.complex64),), TypeError, "float32 or float64, got complex64", ()),
+    "device": (None, (X.to("meta"),), RuntimeError, "device meta, got cpu", ()),
+    "channels": (None, (X[:, :5],), RuntimeError, "6.*5|5.*6", ("instance",)),
+    "dimensions": (None, (X[0, 0],), ValueError, "expected 4D|expected 3D or 4D|6 channels", ("own", "input bias")),
+    "eps": (with_attribute("eps", float("nan")), (X,), ValueError, "eps must be .*, got nan", ("own", "input bias", "mean only")),
+    "eps's type": (with_attribute("eps", None), (X,), TypeError, "must be a number, got NoneType", ("own", "input bias", "mean only")),
+    "momentum": (
+        with_attribute("momentum", "0.1"), (X,), TypeError, "momentum must be a number or None, got str", ("own", "input bias", "frozen"),
+    ),
+    "statistic": (statistic_requires_grad, (X,), RuntimeError, "must be a buffer, .* got one with requires_grad=True", ("own",)),
+    "one value": (None, (X[:1, :, :1, :1],), ValueError, "Expected more than 1 (value|spatial)", ("own", "input bias", "frozen")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAILS)
+def test_a_call_that_raises_changes_nothing(case: str, backend: str) -> None:
+    """No parameter, no statistic, no counter, whatever is wrong; after a step, so that there is something to change."""
+    change, inputs, kind, message, fine = FAILS[case]
+    for name, make in EVERY.items():
+        if name in fine:
+            continue
+        layer = make(backend=backend)
+        layer(torch.randn(SHAPE) + 1)
+        if change is not None:
+            change(layer)
+        before = copy.deepcopy([*layer.parameters(), *layer.buffers()])
+        with pytest.raises(kind, match=message):
+            layer(*inputs)
+        assert all(torch.equal(a, b) for a, b in zip((*layer.parameters(), *layer.buffers()), before, strict=True)), name
+
+
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+def test_a_backend_that_cannot_run_changes_nothing(make: Any) -> None:
     layer = make(backend="triton")
     if nf.dispatch.unavailable("triton", "cpu", torch.float32) is None:
         pytest.skip("triton is interpreted here")
@@ -504,3 +630,31 @@ def test_a_call_that_raises_changes_nothing(make: Any) -> None:
     with pytest.raises(RuntimeError, match="cannot run"):
         layer(torch.randn(SHAPE))
     assert all(torch.equal(t, before[n]) for n, t in layer.state_dict().items())
+
+
+def test_constructors_say_what_is_wrong() -> None:
+    for make in EVERY.values():
+        with pytest.raises(ValueError, match="unknown backend 'tritn'; known: auto"):
+            make(backend="tritn")
+        with pytest.raises(ValueError, match="unknown activation 'rleu'; known: identity"):
+            make(act="rleu")
+    kinds: tuple[Any, ...] = (nf.BatchRenormAct2d, nf.BatchInstanceNormAct2d, nf.SwitchNormAct2d, nf.EvalNorm2d, nf.IterNorm2d)
+    for kind in (*kinds, nf.FilterResponseNorm2d, nf.FrozenBatchNormAct2d):
+        for eps in (-1.0, float("nan")):
+            with pytest.raises(ValueError, match=f"{kind.__name__}: eps must be non-negative, got {eps}"):
+                kind(6, eps=eps)
+        with pytest.raises(TypeError, match=f"{kind.__name__}: eps must be a number, got str"):
+            kind(6, eps="1e-5")
+    for kind in (*kinds, nf.MeanOnlyBatchNormAct2d, nf.FilterResponseNorm2d, nf.FrozenBatchNormAct2d, nf.InputBias):
+        for device in ("gpu", "cuda:x"):
+            with pytest.raises(RuntimeError):
+                kind(6, device=device)
+        for features in (6.0, "6"):
+            with pytest.raises(TypeError):
+                kind(features)
+    with pytest.raises(ValueError, match="there must be at least 1 channel to whiten, got 0"):
+        nf.IterNorm2d(0)
+    with pytest.raises(TypeError, match="alpha must be a number, got str"):
+        nf.EvalNorm2d(6, alpha="0.5")
+    with pytest.raises(TypeError, match="custom_norm_act: parameter gain must be real, got complex64"):
+        NF.custom_norm_act(X, lambda mean, var, gain: (gain, gain), {"gain": torch.ones(6, dtype=torch.complex64)})

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import normfused.functional as NF
 from tests.support.cases import pairwise
 from tests.support.check import DEVICE, HALF, OUTPUT, close, data, layout, parameter_tolerance
-from tests.support.family import BY_NAME, EPS, MEMBERS, Member, channels, switch_member, whiten
+from tests.support.family import BY_NAME, EPS, MEMBERS, Member, channels, switch_member, whiten, whiten_member
 from tests.support.formulas import ACT_NUMBERS, activation
 
 members = pytest.mark.parametrize("member", MEMBERS, ids=lambda m: m.name)
@@ -32,11 +32,20 @@ def doubled(t: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: v.detach().to("cpu", F64, copy=True).requires_grad_(v.requires_grad) for n, v in t.items()}
 
 
+def slopes(x: Tensor, z: Tensor) -> Tensor:
+    """p of z = p*x + b in every (n, c); 1 where there are not two values to see it by."""
+    x, flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2), z.reshape(*z.shape[:2], -1)
+    apart = x - x.mean(2, keepdim=True)
+    square = apart.square().sum(2)
+    p = torch.where(square > 0, (apart * flat).sum(2) / square, 1.0)
+    return p.view(*p.shape, *[1] * (z.dim() - 2))
+
+
 def check(
     member: Member, x: Tensor, training: bool, backend: str | None, act: str = "identity", mode: str | None = None,
-    parameter_dtype: torch.dtype | None = None, tolerance: float | None = None,
+    parameter_dtype: torch.dtype | None = None, tolerance: float | None = None, parameters: float | None = None,
 ) -> None:  # fmt: skip
-    """y, the gradient of everything, and the buffers after a training step."""
+    """y, the gradient of everything, and the buffers after a training step; ``parameters``: another tolerance for their gradients."""
     dtype = x.dtype
     learned, kept = made(member, x.shape[1], parameter_dtype or dtype)
     wide = doubled(learned) | doubled(kept)
@@ -66,16 +75,17 @@ def check(
     # dx cancels where a set is small: it is held against the term that dz alone gives
     zl = z.detach().requires_grad_()
     (dz,) = torch.autograd.grad(activation(act, zl), zl, dy.double().cpu())
-    scale = float(dz.abs().max())
+    scale = float((slopes(x64.detach(), z.detach() - (r64.detach() if mode == "pre_act" else 0)) * dz).abs().max())
     for (name, grad), want in zip(zip(inputs, found, strict=True), wanted, strict=True):
         assert grad.dtype == inputs[name].dtype
         if name in ("x", "r"):
             close(f"d{name}", grad.cpu(), want, tolerance, scale=scale if name == "x" else 0.0)
         else:
-            limit = max(parameter_tolerance(dtype, inputs[name].dtype), tolerance if dtype not in HALF else 0.0)
+            limit = parameter_tolerance(dtype, inputs[name].dtype) if parameters is None else parameters
             limit *= 10 if name in member.loose and inputs[name].dtype not in HALF else 1
-            # the gradients of channels may cancel to nothing: compared with the terms of the sum
-            close(f"d{name}", grad.cpu(), want, limit, scale=math.sqrt(x.numel() / x.shape[1]) if name in member.loose else 0.0)
+            # the gradients of channels may cancel to nothing, that of one channel any: compared with the terms of the sum
+            terms = math.sqrt(x.numel() / x.shape[1]) if name in member.loose else float(x.shape[1] == 1)
+            close(f"d{name}", grad.cpu(), want, limit, scale=terms)
     if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
         assert y.stride() == x.stride()
         assert found[0].stride() == x.stride()
@@ -123,6 +133,83 @@ def test_pairs(row: dict[str, Any], backend: str) -> None:
     run(row, backend)
 
 
+# N, C, S of 1, 2 and odd, of whole maps, and of more channels than positions
+SHAPES = [(1, 1, 2), (2, 3, 3), (1, 12, 14, 14), (5, 1, 7, 7), (2, 64, 3, 3), (5, 64, 2), (2, 3, 56, 56), (5, 3, 1, 1), (2, 1, 3, 3, 1)]
+
+
+def of_channels(member: Member, c: int) -> Member:
+    """Whitening in groups that divide these channels."""
+    d = max(size for size in (1, 2, 3) if c % size == 0)
+    return whiten_member(member.name.split()[1], d) if member.name.startswith("whiten") else member
+
+
+@members
+def test_shapes(member: Member, backend: str) -> None:
+    for i, shape in enumerate(SHAPES):
+        own = of_channels(member, shape[1])
+        for training in member.modes:
+            row = {"training": training, "shape": shape, "layout": "contiguous", "dtype": torch.float32, "half_parameters": False}
+            if not allowed({"member": member.name, **row}):
+                continue
+            x = layout(data(shape, torch.float32, mean=1.0), ("contiguous", "channels_last")[i % 2])
+            check(own, x, training, backend, "silu")
+
+
+@members
+def test_any_gradient_alone(member: Member, backend: str) -> None:
+    """Of every tensor the gradient that it has beside the others, whichever of them are wanted; and none of the others."""
+    for training in member.modes:
+        learned, kept = made(member, 6, F64)
+        tensors = {"x": data((3, 6, 4, 2), F64), "residual": data((3, 6, 4, 2), F64, seed=3), **learned}
+
+        def gradients(wanted: set[str], training=training, kept=kept, tensors=tensors) -> dict[str, Tensor | None]:
+            leaves = {n: t.detach().clone().requires_grad_(n in wanted) for n, t in tensors.items()}
+            own = {n: t.clone() for n, t in kept.items()} | {n: t for n, t in leaves.items() if n not in ("x", "residual")}
+            y = member.call(leaves["x"], own, training, act="silu", backend=backend, residual=leaves["residual"])
+            y.square().sum().backward()
+            return {n: t.grad for n, t in leaves.items()}
+
+        together = gradients(set(tensors))
+        for wanted in [{name} for name in tensors] + [set(tensors) - {name} for name in tensors]:
+            for name, grad in gradients(wanted).items():
+                assert (grad is not None) == (name in wanted)
+                if grad is not None:
+                    same(grad, together[name])
+
+
+@members
+def test_gradient_arrives_in_any_layout(member: Member, backend: str) -> None:
+    """dy expanded from a sum, transposed or strided, x in either format, and a residual in the other."""
+    for form, other in (("contiguous", "channels_last"), ("channels_last", "contiguous")):
+        for training in member.modes:
+            learned, kept = made(member, 6, F64)
+            x = layout(data((3, 6, 4, 2), F64), form).requires_grad_()
+            r = layout(data((3, 6, 4, 2), F64, seed=3), other).requires_grad_()
+            inputs = [x, r, *learned.values()]
+            own = learned | {n: t.clone() for n, t in kept.items()}
+            y = member.call(x, own, training, act="silu", backend=backend, residual=r)
+            for name in ("expanded", "expanded_last", "transposed", "slice"):
+                dy = layout(data((3, 6, 4, 2), F64, seed=7), name)
+                want = torch.autograd.grad(y, inputs, dy.clone(memory_format=torch.contiguous_format), retain_graph=True)
+                for a, b in zip(torch.autograd.grad(y, inputs, dy, retain_graph=True), want, strict=True):
+                    same(a, b)
+            (summed,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+            same(summed, torch.autograd.grad(y, x, torch.ones_like(y))[0])
+
+
+@members
+def test_halves_of_any_size(member: Member, backend: str) -> None:
+    """Squares of float16 would overflow from 256 on and vanish below 2e-4; the batch is made to fit its own scale."""
+    for size in (300.0, 1e-3):
+        x = (data((3, 6, 5, 4), F64, mean=1.0) * size).half()
+        learned, kept = made(member, 6, torch.float32)
+        kept = {n: t * size if n in ("running_mean", "running_std") else t * size**2 if n == "running_var" else t for n, t in kept.items()}
+        want = member.oracle(x.double().cpu(), doubled(learned) | doubled(kept), member.training)
+        y = member.call(x, learned | kept, member.training, backend=backend)
+        close("y", y.cpu(), want, OUTPUT[torch.float16])
+        assert all(t.isfinite().all() for t in kept.values())
+
+
 @pytest.mark.triton_surface
 @members
 def test_in_short(member: Member, backend: str) -> None:
@@ -130,6 +217,33 @@ def test_in_short(member: Member, backend: str) -> None:
     for dtype, form, act, mode in ((torch.float32, "contiguous", "silu", None), (torch.bfloat16, "channels_last", "relu", "pre_act")):
         for training in member.modes:
             check(member, layout(data((3, 6, 5, 3), dtype, mean=1.0), form), training, backend, act, mode, torch.float32)
+
+
+def test_the_reference_layer_of_rows(backend: str) -> None:
+    """Switchable norm of (N, C) as the reference implementation computes it: unbiased over channels and over samples."""
+    member = switch_member(("ln", "bn"), unbiased=True)
+    for training in (True, False):
+        check(member, data((7, 6), F64, mean=1.0), training, backend, "silu")
+        check(member, data((7, 6), torch.bfloat16, mean=1.0), training, backend, "relu", "post_act", torch.float32)
+    kept = {n: t.to(DEVICE) for n, t in member.kept(6).items()}
+    x, before = data((7, 6), F64), kept["running_var"].clone()
+    member.call(x, {n: t.to(DEVICE) for n, t in member.learned(6).items()} | kept, True, backend=backend)
+    same(kept["running_var"], 0.9 * before + 0.1 * x.var(0))
+
+
+@pytest.mark.parametrize("iterations", [1, 5, 7])
+def test_whitening_of_an_ill_conditioned_covariance(iterations: int, backend: str) -> None:
+    """Condition 10^4, d = 8, float32: after T steps the formula's y, of partial whitening, and dx. The iteration itself in float32 is off
+    by 5e-6 with T = 5 and by 4e-3 with T = 7."""
+    mix = torch.linalg.qr(data((8, 8), F64, mean=0))[0] * torch.logspace(0, -2, 8, dtype=F64, device=DEVICE)
+    x64 = torch.einsum("dk,nks->nds", mix, data((6, 8, 40), F64, mean=0))
+    x, dz = x64.float().requires_grad_(), data((6, 8, 40), seed=4, mean=0)
+    y = NF.iter_norm_act(x, training=True, num_channels=8, iterations=iterations, eps=1e-12, backend=backend)
+    leaf = x.detach().double().cpu().requires_grad_()
+    want = whiten(leaf, 8, "newton", iterations, 1e-12)[0]
+    close("y", y.cpu(), want, 1e-6)
+    (dx,), (wanted,) = torch.autograd.grad(y, x, dz), torch.autograd.grad(want, leaf, dz.double().cpu())
+    close("dx", dx.cpu(), wanted, 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- derivatives
@@ -341,6 +455,7 @@ def running() -> dict[str, Tensor]:
     return {n: t.clone() for n, t in RUNNING.items()}
 
 
+@pytest.mark.triton_surface
 def test_limits_of_batch_renorm(backend: str) -> None:
     mean, std = running()["running_mean"], running()["running_var"].sqrt()
     same(NF.batch_renorm_act(X, mean.clone(), std.clone(), training=True, r_max=1.0, d_max=0.0, backend=backend), PLAIN["batch"])
@@ -351,6 +466,7 @@ def test_limits_of_batch_renorm(backend: str) -> None:
     same(free, NF.batch_renorm_act(X, mean, std, backend=backend))
 
 
+@pytest.mark.triton_surface
 def test_limits_of_batch_instance(backend: str) -> None:
     for gate, want in ((1.0, "batch"), (0.0, "instance")):
         same(NF.batch_instance_norm_act(X, torch.full((6,), gate).double(), training=True, backend=backend), PLAIN[want])
@@ -359,6 +475,7 @@ def test_limits_of_batch_instance(backend: str) -> None:
         same(NF.batch_instance_norm_act(X, gate, *running().values(), backend=backend), evaluated)
 
 
+@pytest.mark.triton_surface
 def test_limits_of_switch(backend: str) -> None:
     layer_norm = F.layer_norm(X, X.shape[1:], eps=EPS)
     for k, want in enumerate((PLAIN["instance"], layer_norm, PLAIN["batch"])):
@@ -372,6 +489,7 @@ def test_limits_of_switch(backend: str) -> None:
         same(NF.switch_norm_act(flat, logits, logits, *running().values(), training=True, using=("ln", "bn"), backend=backend), want)
 
 
+@pytest.mark.triton_surface
 def test_limits_of_eval_norm(backend: str) -> None:
     for alpha, beta in ((0.0, 0.0), (torch.tensor(0.0), torch.tensor(0.0))):
         same(NF.eval_norm_act(X, **running(), alpha=alpha, beta=beta, backend=backend), F.batch_norm(X, *running().values(), eps=EPS))
@@ -384,6 +502,7 @@ def test_limits_of_eval_norm(backend: str) -> None:
         same(NF.eval_norm_act(X[i : i + 1], mean, var, alpha=1 / n, beta=1 / n, backend=backend), PLAIN["batch"][i : i + 1])
 
 
+@pytest.mark.triton_surface
 def test_limits_of_mean_only_and_whitening(backend: str) -> None:
     centred = X - X.mean((0, 2, 3), keepdim=True)
     same(NF.mean_only_batch_norm_act(X, None, training=True, backend=backend), centred)
@@ -408,6 +527,7 @@ def test_whitening_of_equal_eigenvalues_is_finite(backend: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- invariants
+@pytest.mark.triton_surface
 @trained
 def test_dx_sums_to_nothing(member: Member, backend: str) -> None:
     """What shifts a channel (of switchable norm: everything) shifts no output."""
@@ -425,15 +545,17 @@ def test_dx_sums_to_nothing(member: Member, backend: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- numbers at their worst
+@pytest.mark.triton_surface
 @members
 def test_large_means(member: Member, backend: str) -> None:
-    """100 deviations: 1e-5 (1e-4 for the steps on ATen's kernels); 1000: y within 1e-3, where E[x^2] - E[x]^2 gives 7e-2."""
+    """100 deviations: 1e-5, of ATen, whose means may be off by their last digit, 7.6e-6, twice that; 3e-5 for gradients that sum what this
+    does to every term. 1000: y within 1e-3, where E[x^2] - E[x]^2 gives 7e-2."""
     for form in ("contiguous", "channels_last"):
         for training in member.modes:
             if not training and member.name != "eval norm":
                 continue
             x = layout(data((4, 6, 8, 6), mean=0) + 100.0, form)
-            check(member, x, training, backend, "softplus", tolerance=1e-4 if backend == "torch" else 2e-5)
+            check(member, x, training, backend, "softplus", tolerance=2e-5 if backend == "torch" else 1e-5, parameters=3e-5)
             x = layout(data((4, 6, 8, 6), mean=0) + 1000.0, form)
             learned, kept = made(member, 6, torch.float32)
             with torch.no_grad():
@@ -443,25 +565,57 @@ def test_large_means(member: Member, backend: str) -> None:
 
 
 @trained
-def test_constant_channels_and_nan(member: Member, backend: str) -> None:
+def test_constant_channels(member: Member, backend: str) -> None:
     learned, kept = made(member, 6, torch.float32)
     x = torch.full((3, 6, 4, 4), 3.3).to(DEVICE).requires_grad_()
     y = member.call(x, learned | kept, True, backend=backend)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     assert torch.isfinite(y).all()
     assert torch.isfinite(dx).all()
-    if member.name.startswith(("batch", "mean", "switch in+ln+bn")) and member.name != "batch renorm":
+    if member.name.startswith(("batch", "mean", "switch")) and member.name != "batch renorm":
         assert float((y - channels(learned["bias"], y)).abs().max()) < 316 * 3.3 * 2e-6
-    if member.name.startswith(("batch", "mean")):  # of one channel nothing reaches another
-        x = data((3, 6, 4, 4)).clone()
-        x[0, 2, 1, 1] = float("nan")
-        y = member.call(x, learned | made(member, 6, torch.float32)[1], True, act="relu", backend=backend)
-        assert torch.isnan(y[:, 2]).all()
-        assert torch.isfinite(y[:, [0, 1, 3, 4, 5]]).all()
+
+
+def reached(member: Member, training: bool) -> Tensor:
+    """Which (n, c) of (3, 6) share statistics with (0, 2)."""
+    found = torch.zeros(3, 6, dtype=torch.bool, device=DEVICE)
+    found[0, 2] = True
+    if member.name.startswith("switch"):  # all of these mix "ln" in
+        found[0] = True
+    if member.name.startswith("whiten"):
+        d = int(member.name[-1])
+        found[:: 1 if training else 3, 2 // d * d : 2 // d * d + d] = True
+    elif training and ("bn" in member.name or not member.name.startswith("switch")):
+        found[:, 2] = True
+    return found
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@members
+def test_nan_stays_in_its_sets(member: Member, bad: float, backend: str) -> None:
+    """Nothing that shares no statistics with the element sees it; all that does is NaN (of an infinity: not finite), also behind relu,
+    and so are the channel's running statistics."""
+    for training in member.modes:
+        learned, kept = made(member, 6, torch.float32)
+        act = "relu" if bad != bad else "identity"
+        clean = member.call(data((3, 6, 4, 4)), learned | {n: t.clone() for n, t in kept.items()}, training, act=act, backend=backend)
+        x = data((3, 6, 4, 4))
+        x[0, 2, 1, 1] = bad
+        y = member.call(x, learned | kept, training, act=act, backend=backend)
+        found = reached(member, training)
+        torch.testing.assert_close(y[~found], clean[~found])
+        if training or member.name.startswith(("eval", "batch instance", "switch")):  # given statistics are of no element
+            assert not (y[found].isnan() if bad != bad else ~y[found].isfinite()).logical_not().any()
+        updated = member.after(data((3, 6, 4, 4)).double().cpu(), doubled(learned) | doubled(kept)) if training else {}
+        for name in updated:
+            hit = ~kept[name].isfinite().flatten(1 if kept[name].dim() > 1 else 0)
+            hit = hit.any(1) if hit.dim() > 1 else hit
+            assert hit.nonzero().flatten().tolist() == [2 * len(hit) // 6], name
 
 
 def test_switch_weights_under_a_common_offset(backend: str) -> None:
-    """Gradients of the mean's weights are sums of differences of means: an offset of 10^4 costs them nothing."""
+    """Gradients of the mean's weights are sums of differences of means: an offset of 10^4 costs them nothing (1e-4 found); as a
+    difference of two sums they would lose 3e-2."""
     member = switch_member()
     learned, kept = made(member, 6, torch.float32)
     x = (data((4, 6, 8, 6), mean=1.0) + 1e4).requires_grad_()
@@ -470,7 +624,7 @@ def test_switch_weights_under_a_common_offset(backend: str) -> None:
     (got,) = torch.autograd.grad(y, learned["mean_weight"], dy)
     wide = doubled(learned) | doubled(made(member, 6, torch.float32)[1])
     (want,) = torch.autograd.grad(member.oracle(x.detach().double().cpu(), wide, True), wide["mean_weight"], dy.double().cpu())
-    close("dmean_weight", got.cpu(), want, 2e-2)
+    close("dmean_weight", got.cpu(), want, 1e-3)
 
 
 def test_affine_is_optional(backend: str) -> None:
