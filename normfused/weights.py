@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 
 from . import dispatch
 from .backends.reference import weights as formulas
+from .backends.torch import weights as aten
 from .backends.weights import View, view_of
 
 __all__ = ["Spectral", "Weighted", "spectral_norm", "weight_norm"]
@@ -84,8 +85,6 @@ def _like(gradient: Tensor | None, weight: Tensor) -> Tensor | None:
 
 
 class _WeightNorm(torch.autograd.Function):
-    """Not ``torch._weight_norm``, whose gradient of the gradient is wrong in torch 2.13 (it fails gradgradcheck)."""
-
     @staticmethod
     def forward(ctx: Any, backend: str, views: Sequence[View], *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(views)
@@ -149,9 +148,9 @@ def _apply(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def weight_norm(of: Sequence[Weighted]) -> list[Tensor]:
-    """The normalised weights, as many launches for all as for one of each device and type.
+    """The normalised weights, as many launches for all as for one of each device and type; ATen's kernels take them one by one.
 
-    A backward through any of them runs when the gradients of all that take part are there.
+    A backward through any of those that are launched together runs when the gradients of all that take part are there.
     """
     made: list[Tensor | None] = [None] * len(of)
     together: defaultdict[Any, list[tuple[int, View, Tensor, Tensor]]] = defaultdict(list)
@@ -166,10 +165,14 @@ def weight_norm(of: Sequence[Weighted]) -> list[Tensor]:
             view = view_of(v, dim)
         if view is None:
             made[i] = formulas.weight_norm(g, v, dim)
-        else:
-            if view.columns > _LONGEST_ROW:
-                backend = "torch"
-            together[backend, v.device, v.dtype].append((i, view, g.contiguous(), v))
+            continue
+        g = g.contiguous()
+        if view.columns > _LONGEST_ROW:
+            backend = "torch"
+        if backend == "torch":
+            made[i] = aten.weight_norm_by_operator(view, g, v)
+        if made[i] is None:
+            together[backend, v.device, v.dtype].append((i, view, g, v))
     for (backend, _, _), members in together.items():
         places, views, gs, vs = zip(*members, strict=True)
         for i, weight in zip(places, _apply(_WeightNorm, backend, views, *gs, *vs), strict=True):
