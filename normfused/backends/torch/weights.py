@@ -17,33 +17,37 @@ from ...problem import accumulation_dtype
 from ..reference import weights as formulas
 from ..weights import View
 
-__all__ = ["spectral_norm", "spectral_norm_backward", "weight_norm", "weight_norm_backward", "weight_norm_by_operator"]
+__all__ = ["spectral_norm", "spectral_norm_backward", "weight_norm", "weight_norm_backward", "weight_norm_by_operator", "weight_norm_of_rows"]
 
 
-def weight_norm_by_operator(view: View, g: Tensor, v: Tensor) -> Tensor | None:
-    """The normalised weight by `torch._weight_norm`, differentiable twice; None where ATen has no kernel for the order of memory.
+def weight_norm_by_operator(g: Tensor, v: Tensor, dim: int) -> Tensor:
+    """The normalised weight of a contiguous v whose rows are counted along its first or last dimension, differentiable twice.
 
-    The node's gradient of the gradient is wrong in torch 2.10 to 2.13 (it fails gradgradcheck): where a graph of the backward is built,
-    a hook puts the formulas' gradients in place of the node's. A hook costs a tenth of an autograd Function.
+    The gradient of the gradient of ATen's node is wrong in torch 2.10 to 2.13 (it fails gradgradcheck): where a graph of the backward is
+    built, a hook puts the formulas' gradients in place of the node's. A hook costs a tenth of an autograd Function.
     """
+    weight = torch._weight_norm(v, g, dim)
+    node = weight.grad_fn
+    if node is not None:
+        node.register_hook(partial(_differentiable, g, v, dim))
+    return weight
+
+
+def weight_norm_of_rows(view: View, g: Tensor, v: Tensor) -> Tensor | None:
+    """The same of any dense v, seen in its order of memory; None where rows are neither outermost nor innermost."""
+    if view.dim == 0 and v.dim() > 1 and v.is_contiguous():
+        return weight_norm_by_operator(g, v, 0)
     if (view.A != 1 and view.B != 1) or (v.dim() == 1 and view.dim is not None):
         return None
     if view.R == 1 and v.is_cuda:
         return None  # a row is one block's there
     if view.dim is None:
-        weight = weight_norm_by_operator(view._replace(dim=0), g.view([1] * (v.dim() + 1)), v.unsqueeze(0))
+        weight = weight_norm_of_rows(view._replace(dim=0), g.view([1] * (v.dim() + 1)), v.unsqueeze(0))
         return None if weight is None else weight.squeeze(0)
-    if view.dim in (0, v.dim() - 1) and v.is_contiguous():
-        weight = torch._weight_norm(v, g, view.dim)
-        if weight.grad_fn is not None:
-            weight.grad_fn.register_hook(partial(_differentiable, g, v, view.dim))
-        return weight
-    # in the order of memory, rows outermost or innermost
     rest = sorted((d for d in range(v.dim()) if d != view.dim), key=lambda d: -v.stride(d))
     order = [view.dim, *rest] if view.A == 1 else [*rest, view.dim]
-    ordered = v.permute(order)
-    weight = weight_norm_by_operator(view._replace(dim=order.index(view.dim)), g.permute(order), ordered)
-    return None if weight is None else weight.permute([order.index(d) for d in range(v.dim())])
+    weight = weight_norm_by_operator(g.permute(order), v.permute(order), order.index(view.dim))
+    return weight.permute([order.index(d) for d in range(v.dim())])
 
 
 def _differentiable(
