@@ -1,8 +1,8 @@
 """Weight norm and spectral norm of many weights by ATen's kernels, one weight after the other (normfused/backends/weights.py).
 
 A weight norm whose rows lie one after the other in memory, or whose columns do, is ATen's own operator with its own node in the graph
-(`weight_norm_by_operator`). A spectral norm takes two products with a vector an iteration where torch's takes three (after an iteration sigma is the
-norm of W'u), and its backward four operators.
+(`weight_norm_by_operator`). A spectral norm takes two products with a vector an iteration where torch's takes three (after an iteration
+sigma is the norm of W'u), and its backward four operators.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from ...problem import accumulation_dtype
 from ..reference import weights as formulas
 from ..weights import View
 
-__all__ = ["spectral_norm", "spectral_norm_backward", "weight_norm", "weight_norm_backward", "weight_norm_by_operator", "weight_norm_of_rows"]
+__all__ = [
+    "spectral_norm",
+    "spectral_norm_backward",
+    "weight_norm",
+    "weight_norm_backward",
+    "weight_norm_by_operator",
+    "weight_norm_of_rows",
+]
 
 
 def weight_norm_by_operator(g: Tensor, v: Tensor, dim: int) -> Tensor:
@@ -44,7 +51,7 @@ def weight_norm_of_rows(view: View, g: Tensor, v: Tensor) -> Tensor | None:
     if view.dim is None:
         weight = weight_norm_of_rows(view._replace(dim=0), g.view([1] * (v.dim() + 1)), v.unsqueeze(0))
         return None if weight is None else weight.squeeze(0)
-    rest = sorted((d for d in range(v.dim()) if d != view.dim), key=lambda d: -v.stride(d))
+    rest = sorted((d for d in range(v.dim()) if d != view.dim), key=v.stride, reverse=True)
     order = [view.dim, *rest] if view.A == 1 else [*rest, view.dim]
     weight = weight_norm_by_operator(g.permute(order), v.permute(order), order.index(view.dim))
     return weight.permute([order.index(d) for d in range(v.dim())])
