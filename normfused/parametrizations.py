@@ -335,8 +335,9 @@ def weight_norm_model(model: nn.Module, name: str = "weight", dim: int | None = 
         ValueError: no layer was selected, or one has torch's older hook (``torch.nn.utils.weight_norm``).
 
     Parameters that layers share stay shared. The gradients of all weights are kept until the last is there, then one launch turns
-    them into those of the parameters: they arrive together, at the end of the backward. A layer called outside of the model's
-    forward computes its own weight, and so does everything under torch.compile.
+    them into those of the parameters: they arrive together, at the end of the backward (not on a CPU, where ATen's kernels take one
+    weight after the other). A layer called outside of the model's forward computes its own weight, and so does everything under
+    torch.compile.
     """
 
     def normalise(layer: nn.Module) -> None:

@@ -76,7 +76,9 @@ def test_mean_only_of_half_types(
         of = wide[name].grad
         assert t.grad is not None and of is not None
         sums = 1 if t.dim() == 4 else 30  # of 100 values, and of their products with x - mean
-        torch.testing.assert_close(t.grad.double(), of, rtol=eps, atol=sums * 1e-6 * (1 + abs(offset)), msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            t.grad.double(), of, rtol=eps, atol=sums * 1e-6 * (1 + abs(offset)), msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_mean_only_of_half_types_twice() -> None:
