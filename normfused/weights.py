@@ -1,8 +1,9 @@
 """Weight norm and spectral norm of many weights at once: which kernels run, and autograd. The layers' side is `parametrizations`.
 
 As in `ops`, a call is *fused* (an autograd Function over a backend's kernels: one per device, type and backend, for all weights
-together; ATen's weight norm is a node of its own for each) or *composite* (differentiable PyTorch, one weight after the other: under functorch, forward-mode AD, torch.compile, on meta
-tensors and for the backend ``reference``). A backward of which a graph is built is composite, too.
+together; ATen's weight norm is a node of its own for each) or *composite* (differentiable PyTorch, one weight after the other: under
+functorch, forward-mode AD, torch.compile, on meta tensors and for the backend ``reference``). A backward of which a graph is built is
+composite, too.
 """
 
 from __future__ import annotations
