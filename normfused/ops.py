@@ -26,6 +26,7 @@ from .backends.torch import composite
 from .problem import (
     BATCH_INSTANCE,
     CHANNEL,
+    MEAN_ONLY,
     NHWC,
     POSITION,
     POST_ACT,
@@ -525,7 +526,7 @@ class NormAct(torch.autograd.Function):
         p: Problem | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         call = (x, residual, weight, bias, act_weight, rule_weight, running_mean, running_var, counter)
-        if _recomputes(x, static[-1]):
+        if _recomputes(x, static[-1]) and static[1] != MEAN_ONLY:
             return _forward_recomputed(*call, *static)
         if p is not None:
             return _run_forward(p, static[-1], *call, bounds=_bounds(r_max, d_max))
@@ -542,7 +543,7 @@ class NormAct(torch.autograd.Function):
             source = _z_source(_problem(x, *static[:-1]) if p is None else p, backend)
             z_source = {None: None, "y": y, "residual": residual, "mask": h}[source]
         ctx.static, ctx.p = static, p
-        ctx.recomputes = _recomputes(x, backend)  # compiled autograd may run an eager forward's backward
+        ctx.recomputes = _recomputes(x, backend) and static[1] != MEAN_ONLY  # compiled autograd may run an eager forward's backward
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h if residual_mode == PRE_NORM else x, z_source, weight, bias, act_weight, rule_weight, mean, rstd)
         ctx.mark_non_differentiable(*((mean, rstd) if residual_mode == PRE_NORM or h is None else (mean, rstd, h)))
@@ -793,7 +794,8 @@ def norm_act(
 def has_kernels(x: Tensor, backend: str | None, scope: str, rule: str) -> bool:
     """Whether a call of one of the rules that ATen has no kernel for is `norm_act`'s, else (`slice_norm_act`) a rule in PyTorch."""
     name = dispatch.choose(x.device.type, x.dtype, backend)
-    return name != "torch" and path(x, name, scope, rule, 1) == "fused"
+    own = name != "torch" or (rule == MEAN_ONLY and _recomputes(x, name))
+    return own and path(x, name, scope, rule, 1) == "fused"
 
 
 # Measured on 2 CPU cores: the sizes from which our own steps on ATen win over ATen's composition
@@ -999,7 +1001,8 @@ def _composite_slices(
     def over_positions(t: Tensor) -> Tensor:
         return t.view(*x.shape[:2], *ones)
 
-    mean = wide.mean(dims) if dims else wide
+    # the sum's gradient is a view, the mean's a tensor of x's size
+    mean = wide.sum(dims) / (x.numel() // (x.shape[0] * x.shape[1])) if dims else wide
     if rule.translation:
         _, offset = rule.function(mean, None, *parameters)
         z, var = wide + over_positions(offset - mean), None

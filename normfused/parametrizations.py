@@ -59,6 +59,21 @@ class _Shared(nn.Module):
         return ready
 
 
+class _Straight(parametrize.ParametrizationList):
+    """torch's list, which takes as long to find its only member as a small weight takes to be normalised."""
+
+    def forward(self) -> Tensor:
+        members = self._modules
+        if len(members) > 1:
+            return super().forward()
+        only: Any = members["0"]
+        ready: Tensor | None = only._ready
+        if ready is not None and ready.requires_grad and not only._forward_hooks and not only._forward_pre_hooks:
+            return ready
+        weight: Tensor = only(self.original) if self.is_tensor else only(self.original0, self.original1)
+        return weight
+
+
 class _WeightNorm(_Shared):
     def __init__(self, dim: int | None) -> None:
         super().__init__()
@@ -69,7 +84,7 @@ class _WeightNorm(_Shared):
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
         ready = self._computed(weight_g, weight_v)
-        return weights.weight_norm([Weighted(weight_g, weight_v, self.dim)])[0] if ready is None else ready
+        return weights.weight_norm_of(weight_g, weight_v, self.dim) if ready is None else ready
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return formulas.norm(weight.to(accumulation_dtype(weight.dtype)), self.dim).to(weight.dtype), weight
@@ -144,7 +159,7 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
     weight = _weight_of(module, name, "weight_norm")
     dim = None if dim is None or dim == -1 else _dimension(dim, weight)
     parametrize.register_parametrization(module, name, _WeightNorm(dim), unsafe=True)
-    module._register_load_state_dict_pre_hook(_LegacyKeys(name), with_module=True)
+    _settle(module, name)
     return module
 
 
@@ -187,7 +202,7 @@ def spectral_norm(
     parametrization = _SpectralNorm(_dimension(dim, weight), n_power_iterations, eps)
     parametrization.first_vectors(weight)
     parametrize.register_parametrization(module, name, parametrization)
-    module._register_load_state_dict_pre_hook(_LegacyKeys(name), with_module=True)
+    _settle(module, name)
     return module
 
 
@@ -206,6 +221,12 @@ def _dimension(dim: int, weight: Tensor) -> int:
     if not -weight.dim() <= dim < weight.dim():
         raise IndexError(f"Dimension out of range (expected to be in range of [{-weight.dim()}, {weight.dim() - 1}], but got {dim})")
     return dim % weight.dim()
+
+
+def _settle(module: nn.Module, name: str) -> None:
+    """After registration: the keys of older checkpoints, and the shorter way to the weight."""
+    module._register_load_state_dict_pre_hook(_LegacyKeys(name), with_module=True)
+    _parametrizations(module, name).__class__ = _Straight
 
 
 class _LegacyKeys:
@@ -232,7 +253,8 @@ class _LegacyKeys:
 
 def _parametrizations(module: Any, name: str) -> Any:
     """The ParametrizationList of a parameter, or nothing to go over."""
-    return module.parametrizations[name] if parametrize.is_parametrized(module, name) else ()
+    lists = module._modules.get("parametrizations")  # as a model's forward asks for every layer: not by the module's attribute
+    return lists._modules.get(name, ()) if isinstance(lists, nn.ModuleDict) else ()
 
 
 # --------------------------------------------------------------------------------------------------- all layers at once
@@ -246,6 +268,7 @@ class _Together:
     def __init__(self, root: nn.Module, layers: list[tuple[nn.Module, str]], compute: Callable[[list[Any]], list[Tensor]]) -> None:
         self.root, self.layers, self.compute = root, layers, compute
         self.depth = 0  # of calls of the model within itself
+        self.ready: list[_Shared] = []  # those whose weights are computed
 
     def before(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or module is not self.root:
@@ -257,9 +280,10 @@ class _Together:
         requests: list[Any] = []
         for layer, name in self.layers:
             of_layer = _parametrizations(layer, name)
-            request = of_layer[0].request(of_layer) if len(of_layer) and isinstance(of_layer[0], _Shared) else None
+            first = of_layer._modules["0"] if of_layer != () else None
+            request = first.request(of_layer) if isinstance(first, _Shared) else None
             if request is not None:
-                found.append(of_layer[0])
+                found.append(first)  # type: ignore[arg-type]
                 requests.append(request)
         # a parameter of several layers is computed once
         if self.compute is weights.weight_norm:
@@ -271,6 +295,7 @@ class _Together:
             computed = self.compute(requests)
         for parametrization, weight in zip(found, computed, strict=True):
             parametrization._use(weight)
+        self.ready = found
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or module is not self.root:
@@ -278,10 +303,9 @@ class _Together:
         self.depth -= 1
         if self.depth > 0:
             return
-        for layer, name in self.layers:
-            for parametrization in _parametrizations(layer, name):
-                if isinstance(parametrization, _Shared):
-                    parametrization._use(None)
+        for parametrization in self.ready:
+            parametrization._use(None)
+        self.ready = []
 
     def attach(self) -> None:
         self.root.register_forward_pre_hook(self.before)
@@ -311,8 +335,9 @@ def weight_norm_model(model: nn.Module, name: str = "weight", dim: int | None = 
         ValueError: no layer was selected, or one has torch's older hook (``torch.nn.utils.weight_norm``).
 
     Parameters that layers share stay shared. The gradients of all weights are kept until the last is there, then one launch turns
-    them into those of the parameters: they arrive together, at the end of the backward. A layer called outside of the model's
-    forward computes its own weight, and so does everything under torch.compile.
+    them into those of the parameters: they arrive together, at the end of the backward (not on a CPU, where ATen's kernels take one
+    weight after the other). A layer called outside of the model's forward computes its own weight, and so does everything under
+    torch.compile.
     """
 
     def normalise(layer: nn.Module) -> None:
@@ -405,7 +430,7 @@ def _parametrize(
         if len(of_layer):
             if isinstance(of_layer[0], theirs) and not isinstance(of_layer[0], ours):
                 of_layer[0] = take_over(of_layer[0])
-                layer._register_load_state_dict_pre_hook(_LegacyKeys(name), with_module=True)
+                _settle(layer, name)
             if isinstance(of_layer[0], ours):
                 continue
         weight = getattr(layer, name, None)

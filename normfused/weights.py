@@ -1,8 +1,9 @@
 """Weight norm and spectral norm of many weights at once: which kernels run, and autograd. The layers' side is `parametrizations`.
 
 As in `ops`, a call is *fused* (an autograd Function over a backend's kernels: one per device, type and backend, for all weights
-together) or *composite* (differentiable PyTorch, one weight after the other: under functorch, forward-mode AD, torch.compile, on meta
-tensors and for the backend ``reference``). A backward of which a graph is built is composite, too.
+together; ATen's weight norm is a node of its own for each) or *composite* (differentiable PyTorch, one weight after the other: under
+functorch, forward-mode AD, torch.compile, on meta tensors and for the backend ``reference``). A backward of which a graph is built is
+composite, too.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from torch.autograd import forward_ad
 
 from . import dispatch
 from .backends.reference import weights as formulas
+from .backends.torch import weights as aten
 from .backends.weights import View, view_of
 
-__all__ = ["Spectral", "Weighted", "spectral_norm", "weight_norm"]
+__all__ = ["Spectral", "Weighted", "spectral_norm", "weight_norm", "weight_norm_of"]
 
 # Elements of a row that a block of the device goes over by itself; longer ones, of whole weights (dim=None), are ATen's (unmeasured)
 _LONGEST_ROW = 1 << 18
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Weighted(NamedTuple):
@@ -47,22 +50,26 @@ class Spectral(NamedTuple):
     eps: float
 
 
-def _backend(weight: Tensor, *others: Tensor) -> str | None:
-    """Who computes it, None for the composite."""
-    if (
+def _see_through() -> bool:
+    """Whether something must see through the computation: a compiler, a transform, forward-mode AD, a dispatch mode."""
+    return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-    ):
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _backend(weight: Tensor, *others: Tensor) -> str | None:
+    """Who computes it where nothing sees through, None for the composite."""
+    dtype, device = weight.dtype, weight.device
+    kind = "cpu" if weight.is_cpu else device.type  # the name takes longer than the question
+    if type(weight) not in _PLAIN or dtype not in _DTYPES or kind == "meta" or not weight.numel():
         return None
-    if weight.dtype not in _DTYPES or weight.numel() == 0 or weight.device.type == "meta":
-        return None
-    if any(type(t) not in (Tensor, torch.nn.Parameter) for t in (weight, *others)):
-        return None
-    if any(t.dtype != weight.dtype or t.device != weight.device for t in others):
-        return None
-    name = dispatch.choose(weight.device.type, weight.dtype)
+    for t in others:
+        if type(t) not in _PLAIN or t.dtype != dtype or t.device != device:
+            return None
+    name = dispatch.choose(kind, dtype)
     return None if name == "reference" else name
 
 
@@ -84,8 +91,6 @@ def _like(gradient: Tensor | None, weight: Tensor) -> Tensor | None:
 
 
 class _WeightNorm(torch.autograd.Function):
-    """Not ``torch._weight_norm``, whose gradient of the gradient is wrong in torch 2.13 (it fails gradgradcheck)."""
-
     @staticmethod
     def forward(ctx: Any, backend: str, views: Sequence[View], *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(views)
@@ -148,28 +153,38 @@ def _apply(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
     return made
 
 
-def weight_norm(of: Sequence[Weighted]) -> list[Tensor]:
-    """The normalised weights, as many launches for all as for one of each device and type.
+def weight_norm_of(g: Tensor, v: Tensor, dim: int | None) -> Tensor:
+    """`weight_norm` of one weight, by the shortest way where ATen has a kernel for it as it is."""
+    if not _see_through() and dim == 0 and v.dim() > 1 and v.is_contiguous() and g.is_contiguous() and _backend(v, g) == "torch":
+        return aten.weight_norm_by_operator(g, v, dim)
+    return weight_norm([Weighted(g, v, dim)])[0]
 
-    A backward through any of them runs when the gradients of all that take part are there.
+
+def weight_norm(of: Sequence[Weighted]) -> list[Tensor]:
+    """The normalised weights, as many launches for all as for one of each device and type; ATen's kernels take them one by one.
+
+    A backward through any of those that are launched together runs when the gradients of all that take part are there.
     """
-    made: list[Tensor | None] = [None] * len(of)
+    made: list[Tensor | None] = []
     together: defaultdict[Any, list[tuple[int, View, Tensor, Tensor]]] = defaultdict(list)
+    composite = _see_through()
     for i, (g, v, dim) in enumerate(of):
-        backend = _backend(v, g)
-        if backend is None:
-            made[i] = formulas.weight_norm(g, v, dim)
-            continue
-        view = view_of(v, dim)
-        if view is None:
+        backend = None if composite else _backend(v, g)
+        if backend is not None and not g.is_contiguous():
+            g = g.contiguous()
+        view = None if backend is None else view_of(v, dim)
+        if view is None and backend is not None:
             v = v.contiguous()
             view = view_of(v, dim)
         if view is None:
-            made[i] = formulas.weight_norm(g, v, dim)
-        else:
-            if view.columns > _LONGEST_ROW:
-                backend = "torch"
-            together[backend, v.device, v.dtype].append((i, view, g.contiguous(), v))
+            made.append(formulas.weight_norm(g, v, dim))
+            continue
+        if view.columns > _LONGEST_ROW:
+            backend = "torch"
+        weight = aten.weight_norm_of_rows(view, g, v) if backend == "torch" else None
+        made.append(weight)
+        if weight is None:
+            together[backend, v.device, v.dtype].append((i, view, g, v))
     for (backend, _, _), members in together.items():
         places, views, gs, vs = zip(*members, strict=True)
         for i, weight in zip(places, _apply(_WeightNorm, backend, views, *gs, *vs), strict=True):
@@ -184,8 +199,9 @@ def spectral_norm(of: Sequence[Spectral]) -> list[Tensor]:
     """
     made: list[Tensor | None] = [None] * len(of)
     together: defaultdict[Any, list[tuple[int, View, Tensor, Tensor, Tensor]]] = defaultdict(list)
+    composite = _see_through()
     for i, (weight, u, v, dim, iterations, eps) in enumerate(of):
-        backend = _backend(weight, u, v)
+        backend = None if composite else _backend(weight, u, v)
         view = None
         if backend is not None and u.is_contiguous() and v.is_contiguous():
             view = view_of(weight, dim, ordered=True)

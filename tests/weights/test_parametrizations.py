@@ -174,6 +174,28 @@ def test_vectors_and_other_parameters(backend: str) -> None:
     same(ours.weight_norm(lstm, "weight_hh_l0").weight_hh_l0, expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_further_parametrizations_and_hooks(kind: str) -> None:
+    """The shorter way to the weight is torch's where somebody else takes part."""
+
+    class Twice(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    layer = getattr(ours, kind)(nn.Linear(6, 4)).eval().to(DEVICE)
+    expected = layer.weight.detach().clone()
+    seen: list[Tensor] = []
+    handle = layer.parametrizations.weight[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    same(layer.weight, expected)
+    assert len(seen) == 1
+    handle.remove()
+    parametrize.register_parametrization(layer, "weight", Twice(), unsafe=True)
+    same(layer.weight, 2 * expected)
+    same(copy.deepcopy(layer).weight, 2 * expected)
+    parametrize.remove_parametrizations(layer, "weight")
+    same(layer.weight, 2 * expected)
+
+
 # ------------------------------------------------------------------------------------------------------------ the model
 class Counted:
     """How many tensors each call of the backend was given."""
@@ -183,6 +205,8 @@ class Counted:
         for name in KINDS:
             before = getattr(normfused.weights, name)
             monkeypatch.setattr(normfused.weights, name, lambda of, before=before: (self.calls.append(len(of)), before(of))[1])
+        one = normfused.weights.Weighted
+        monkeypatch.setattr(normfused.weights, "weight_norm_of", lambda *of: normfused.weights.weight_norm([one(*of)])[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from normfused import weights
+from normfused.backends.reference import weights as formulas
 
 from .conftest import DEVICE
 from .oracle import SHAPES, WEIGHT_ONLY, Shape, close, spectral, spectral_norm, weight_norm, weighted
@@ -111,6 +112,24 @@ def test_double_backward(shape: str, backend: str) -> None:
 
     assert torch.autograd.gradcheck(normalised, (s.weight,), **few)
     assert torch.autograd.gradgradcheck(normalised, (s.weight,), **few)
+
+
+@pytest.mark.parametrize("name", ["linear", "transposed", "channels_last"])
+@pytest.mark.parametrize("frozen", ["g", "v"])
+def test_double_backward_of_one(name: str, frozen: str, backend: str) -> None:
+    """Of one weight, one of whose parameters needs no gradient."""
+    request = weighted(SHAPES[name], torch.float64)
+    getattr(request, frozen).requires_grad_(False)
+    (wanted,) = (t for t in (request.g, request.v) if t.requires_grad)
+    dw = torch.randn_like(request.v).requires_grad_()
+
+    def second(w: Tensor) -> list[Tensor]:
+        (first,) = torch.autograd.grad(w, wanted, dw, create_graph=True)
+        return [first, *torch.autograd.grad(first.sin().sum(), dw, retain_graph=True)]
+
+    ours, theirs = second(weights.weight_norm_of(*request)), second(formulas.weight_norm(*request))
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_of_some(backend: str) -> None:

@@ -1,7 +1,8 @@
 """What CPU tensors get, and CUDA tensors where no kernel of ours can run: ATen's kernels, composed.
 
 `composite` is a whole norm as differentiable operations; `steps` are moments -> apply and grad_moments -> grad_apply, for the
-norms that ATen has no accurate kernel for (FRN, channels_last group and instance norm) and for rules written in PyTorch.
+norms that ATen has no accurate kernel for (FRN, channels_last group and instance norm) and for rules written in PyTorch; `mean_only` is
+that norm of half types.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...problem import POST_ACT, PRE_ACT, RMS, SAMPLE_GROUP, Problem
+from ...problem import MEAN_ONLY, POST_ACT, PRE_ACT, RMS, SAMPLE_GROUP, Problem
 from .. import reference
 from ..reference.moments import unbiased, update_running_statistics
 from ..reference.rules import rms
-from . import steps
+from . import mean_only, steps
 
 Needs = tuple[bool, bool, bool]
 
@@ -62,8 +63,10 @@ def norm_act(
     num_batches_tracked: Tensor | None,
     bounds: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    buffers = (running_mean, running_var, num_batches_tracked)
+    if p.rule == MEAN_ONLY and p.batch_statistics and p.dtype != p.accumulate:
+        return *mean_only.forward(p, x, residual, weight, bias, act_weight, *buffers), None
     if p.scope != SAMPLE_GROUP or p.dtype != p.accumulate:  # those go through the composite (ops.path); kept for direct operator calls
-        buffers = (running_mean, running_var, num_batches_tracked)
         return reference.norm_act(p, x, residual, weight, bias, act_weight, rule_weight, *buffers, bounds)
     if p.rule == RMS:
         mean, rstd = x.new_empty(0), (steps.mean_square(p, x) + rms.effective_eps(p, rule_weight)).rsqrt()
@@ -94,6 +97,8 @@ def norm_act_backward(
     rstd: Tensor,
     needs: Needs,
 ) -> tuple[Tensor | None, ...]:
+    if p.rule == MEAN_ONLY and p.batch_statistics and p.dtype != p.accumulate:
+        return mean_only.backward(p, dy, x, z_source, weight, bias, act_weight, mean, needs)
     if p.scope != SAMPLE_GROUP or p.dtype != p.accumulate:
         return reference.norm_act_backward(p, dy, dh, x, z_source, weight, bias, act_weight, rule_weight, mean, rstd, needs)
     scale, shift, centre = _coefficients(p, mean, rstd, weight, bias)

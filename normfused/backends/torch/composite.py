@@ -132,20 +132,29 @@ def batch_instance(
 
 def mean_only(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """weight*(x - mean) + bias."""
-    return affine(x - x.mean([d for d in range(x.dim()) if d != 1], keepdim=True), weight, bias)
+    across = [d for d in range(x.dim()) if d != 1]
+    mean = x.sum(across, keepdim=True) / (x.numel() // x.shape[1])  # the sum's gradient is a view, the mean's a tensor of x's size
+    if weight is None:
+        return x + (-mean if bias is None else _broadcast(bias, x) - mean)
+    return affine(x - mean, weight, bias)
+
+
+_CENTRE_STRIDE = 8  # so that at worst three bits of the variance are lost
 
 
 def grouped(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Group norm that keeps channels_last.
 
-    ATen's CPU kernel for channels_last takes E[x^2] - E[x]^2 and loses everything at a large mean, so it is given x less each set's
-    mean; the norm is the same, and so are its derivatives with that mean held constant. Inductor has centred sums of its own.
+    ATen's CPU kernel for channels_last takes E[x^2] - E[x]^2 and loses everything at a large mean, so it is given x less a centre of each
+    set; the norm is the same, and so are its derivatives with that centre held constant. The mean over a fraction f of a set will do as
+    centre, whatever its values: if the two parts' means are far apart, so are the values, and (mean - centre)^2 <= (1/f - 1)*variance.
+    Inductor has centred sums of its own.
     """
     if weight is None and bias is not None:  # ATen's backward of a bias alone fails: "tensor does not have a device"
         return affine(grouped(x, groups, None, None, eps), None, bias)
     if format_of(x) != NHWC or (torch.compiler.is_compiling() and not compiling.exporting()):
         return torch.group_norm(x, groups, weight, bias, eps, torch.backends.cudnn.enabled)
-    centre = x.detach().mean(list(range(2, x.dim())), keepdim=True)
+    centre = x.detach()[:, :, ::_CENTRE_STRIDE].mean(list(range(2, x.dim())), keepdim=True)
     if groups != x.shape[1]:
         sets = centre.unflatten(1, (groups, -1))
         centre = sets.mean(2, keepdim=True).expand_as(sets).flatten(1, 2)

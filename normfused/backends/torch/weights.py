@@ -1,12 +1,14 @@
 """Weight norm and spectral norm of many weights by ATen's kernels, one weight after the other (normfused/backends/weights.py).
 
-A weight norm along the first or last dimension is ATen's own kernel, one operator. A spectral norm takes two products with a vector an
-iteration where torch's takes three (after an iteration sigma is the norm of W'u), and its backward four operators.
+A weight norm whose rows lie one after the other in memory, or whose columns do, is ATen's own operator with its own node in the graph
+(`weight_norm_by_operator`). A spectral norm takes two products with a vector an iteration where torch's takes three (after an iteration
+sigma is the norm of W'u), and its backward four operators.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,21 +17,63 @@ from ...problem import accumulation_dtype
 from ..reference import weights as formulas
 from ..weights import View
 
-__all__ = ["spectral_norm", "spectral_norm_backward", "weight_norm", "weight_norm_backward"]
+__all__ = [
+    "spectral_norm",
+    "spectral_norm_backward",
+    "weight_norm",
+    "weight_norm_backward",
+    "weight_norm_by_operator",
+    "weight_norm_of_rows",
+]
 
 
-def _has_kernel(view: View, v: Tensor) -> bool:
-    return view.dim is not None and v.dim() > 1 and view.dim in (0, v.dim() - 1) and v.is_contiguous()
+def weight_norm_by_operator(g: Tensor, v: Tensor, dim: int) -> Tensor:
+    """The normalised weight of a contiguous v whose rows are counted along its first or last dimension, differentiable twice.
+
+    The gradient of the gradient of ATen's node is wrong in torch 2.10 to 2.13 (it fails gradgradcheck): where a graph of the backward is
+    built, a hook puts the formulas' gradients in place of the node's. A hook costs a tenth of an autograd Function.
+    """
+    weight = torch._weight_norm(v, g, dim)
+    node = weight.grad_fn
+    if node is not None:
+        node.register_hook(partial(_differentiable, g, v, dim))
+    return weight
+
+
+def weight_norm_of_rows(view: View, g: Tensor, v: Tensor) -> Tensor | None:
+    """The same of any dense v, seen in its order of memory; None where rows are neither outermost nor innermost."""
+    if view.dim == 0 and v.dim() > 1 and v.is_contiguous():
+        return weight_norm_by_operator(g, v, 0)
+    if (view.A != 1 and view.B != 1) or (v.dim() == 1 and view.dim is not None):
+        return None
+    if view.R == 1 and v.is_cuda:
+        return None  # a row is one block's there
+    if view.dim is None:
+        weight = weight_norm_of_rows(view._replace(dim=0), g.view([1] * (v.dim() + 1)), v.unsqueeze(0))
+        return None if weight is None else weight.squeeze(0)
+    rest = sorted((d for d in range(v.dim()) if d != view.dim), key=v.stride, reverse=True)
+    order = [view.dim, *rest] if view.A == 1 else [*rest, view.dim]
+    weight = weight_norm_by_operator(g.permute(order), v.permute(order), order.index(view.dim))
+    return weight.permute([order.index(d) for d in range(v.dim())])
+
+
+def _differentiable(
+    g: Tensor, v: Tensor, dim: int, gradients: tuple[Tensor | None, ...], upstream: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """Hook of ATen's node: where a graph of the backward is built, (dv, dg) that know theirs."""
+    dw = upstream[0]
+    if dw is None or not torch.is_grad_enabled():
+        return None
+    dg, dv = formulas.weight_norm_backward(dw, g, v, dim)
+    return tuple(None if theirs is None else ours for theirs, ours in zip(gradients, (dv, dg), strict=True))
 
 
 def weight_norm(views: Sequence[View], gs: Sequence[Tensor], vs: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     weights, norms = [], []
     for view, g, v in zip(views, gs, vs, strict=True):
-        if _has_kernel(view, v):
-            weight, norm = torch.ops.aten._weight_norm_interface(v, g, view.dim)
-        else:
-            weight, norm = formulas.weight_norm(g, v, view.dim), g.new_empty(0)
-        weights.append(weight)
+        wide = v.to(accumulation_dtype(v.dtype))
+        norm = formulas.norm(wide, view.dim)
+        weights.append((wide * (g / norm)).to(v.dtype))
         norms.append(norm)
     return weights, tuple(norms)
 
@@ -40,13 +84,18 @@ def weight_norm_backward(
     dgs: list[Tensor | None] = []
     dvs: list[Tensor | None] = []
     for view, dw, g, v, norm in zip(views, dweights, gs, vs, saved, strict=True):
-        dg = dv = None
-        if dw is not None and _has_kernel(view, v):
-            dv, dg = torch.ops.aten._weight_norm_interface_backward(dw, v, g, norm, view.dim)
-        elif dw is not None:
-            dg, dv = formulas.weight_norm_backward(dw, g, v, view.dim)
-        dgs.append(dg)
-        dvs.append(dv)
+        if dw is None:
+            dgs.append(None)
+            dvs.append(None)
+            continue
+        across = [d for d in range(v.dim()) if d != view.dim]
+        wide_dw, wide = dw.to(norm.dtype), v.to(norm.dtype)
+        products = wide_dw * wide
+        dg = (products.sum(across, keepdim=view.dim is not None) if across else products) / norm
+        scale = g / norm
+        dv = torch.mul(wide_dw, scale, out=products).addcmul_(wide, scale * (dg / norm), value=-1)
+        dgs.append(dg.to(g.dtype))
+        dvs.append(dv.to(v.dtype))
     return dgs, dvs
 
 
