@@ -100,15 +100,16 @@ def act_weight(op: str, value: Tensor | None, x: Tensor, channels: int, act_name
     kind_and_place(op, name, value, x)
 
 
-def residual(op: str, value: Tensor, x: Tensor) -> None:
+def residual(op: str, value: Tensor, x: Tensor, name: str = "residual") -> None:
+    """What is added to x, or (another ``name``) stands for it."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: residual must be a Tensor or None, got {type(value).__name__}")
+        raise TypeError(f"{op}: {name} must be a Tensor{' or None' if name == 'residual' else ''}, got {type(value).__name__}")
     if value.shape != x.shape:
-        raise ShapeError(f"{op}: residual must have the input's shape {tuple(x.shape)}, got {tuple(value.shape)}")
+        raise ShapeError(f"{op}: {name} must have the input's shape {tuple(x.shape)}, got {tuple(value.shape)}")
     if value.dtype != x.dtype:
-        raise DTypeError(f"{op}: residual must have the input's type {_name(x.dtype)}, got {_name(value.dtype)}")
+        raise DTypeError(f"{op}: {name} must have the input's type {_name(x.dtype)}, got {_name(value.dtype)}")
     if value.device != x.device:
-        raise DeviceError(f"{op}: residual must be on the input's device {x.device}, got {value.device}")
+        raise DeviceError(f"{op}: {name} must be on the input's device {x.device}, got {value.device}")
 
 
 def number(op: str, name: str, value: object, also: str = "") -> None:

@@ -124,12 +124,14 @@ def rescaled_residual(
     op = "rescaled_residual"
     checks.floating(op, x)
     checks.min_dim(op, x, 2)
-    if not isinstance(branch, Tensor):
-        raise TypeError(f"{op}: branch must be a Tensor, got {type(branch).__name__}")
-    if branch.shape != x.shape:
-        raise checks.ShapeError(f"{op}: branch must have the input's shape {tuple(x.shape)}, got {tuple(branch.shape)}")
-    if isinstance(beta, Tensor) and beta.numel() != 1:
-        raise checks.ShapeError(f"{op}: beta must have one value, got shape {tuple(beta.shape)}")
+    checks.residual(op, branch, x, "branch")
+    checks.number(op, "alpha", alpha)
+    if isinstance(beta, Tensor):
+        if beta.numel() != 1:
+            raise checks.ShapeError(f"{op}: beta must have one value, got shape {tuple(beta.shape)}")
+        checks.parameter(op, "beta", beta.reshape(-1), x, 1)
+    elif beta is not None:
+        checks.number(op, "beta", beta, " or a tensor of one value")
     checks.parameter(op, "next_bias", next_bias, x, x.shape[1])
     both = next_bias is not None
     if beta is None:

@@ -88,8 +88,8 @@ class Question:
         residual = {None: 0, "pre_act": 1, "post_act": 2, "pre_norm": 3}[self.residual]
         numbers = (
             SCOPES.index(self.scope), self.layout == NHWC, TYPES.index(self.dtype), self.N, self.C, self.S, self.groups,
-            RULES.index(self.rule), self.batch_statistics, self.cumulative, residual, self.act, STEPS.index(self.step), 7, route, self.pool, *self.device,
-            self.columns,
+            RULES.index(self.rule), self.batch_statistics, self.cumulative, residual, self.act, STEPS.index(self.step), 7, route,
+            self.pool, *self.device, self.columns,
         )  # fmt: skip
         return (ctypes.c_int64 * len(numbers))(*map(int, numbers))
 

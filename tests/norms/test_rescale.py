@@ -256,6 +256,10 @@ def test_errors() -> None:
             x, residual=x, residual_scale=torch.ones(2)
         ),
         "rescaled_residual: branch must have the input's shape": lambda: NF.rescaled_residual(x, x[:1], 0.5),
+        "rescaled_residual: branch must have the input's type float32, got float64": lambda: NF.rescaled_residual(x, x.double(), 0.5),
+        "rescaled_residual: branch must be a Tensor, got float": lambda: NF.rescaled_residual(x, 0.5, 0.5),
+        "rescaled_residual: alpha must be a number, got str": lambda: NF.rescaled_residual(x, x, "a"),
+        "rescaled_residual: beta must be a number or a tensor of one value, got str": lambda: NF.rescaled_residual(x, x, 0.5, "b"),
         "rescaled_residual: beta must have one value, got shape (6,)": lambda: NF.rescaled_residual(x, x, 0.5, torch.ones(6)),
         "rescaled_residual: next_bias must have shape (6,)": lambda: NF.rescaled_residual(x, x, 0.5, next_bias=torch.ones(3)),
         "InputBias: input must have 6 channels": lambda: nf.InputBias(6)(x[:, :4]),
@@ -270,7 +274,7 @@ def test_errors() -> None:
         "rescalenet: layers must hold the number of blocks": lambda: nf.rescalenet([2, 0]),
         "rescalenet: layers must hold the number of blocks of each stage, at least 1, got 18": lambda: nf.rescalenet(18),
     }.items():
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises((ValueError, TypeError, nf.DTypeError)) as caught:
             call()
         assert message in str(caught.value)
     with pytest.raises(TypeError, match=r"rescale_init_: layers must be convolutions .* got ReLU"):
