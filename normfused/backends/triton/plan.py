@@ -9,7 +9,7 @@ All scopes but position are one geometry: x is (outer, inner, C, S) and a set is
 scope          outer               inner    S         D
 =============  ==================  =======  ========  ===========
 channel, nchw  1                   N        S         1
-channel, nhwc  1                   1        N*S       1
+channel, nhwc  1                   1        N*S       1       (1, N, S where samples have moments too)
 sample_group   N                   1        S         C/groups
 position       1                   N or 1   S or N*S  (set: a position)
 =============  ==================  =======  ========  ===========
@@ -139,7 +139,7 @@ def geometry(p: Problem) -> Geometry:
     nhwc = p.layout == NHWC or p.S == 1
     if p.scope == SAMPLE_GROUP:
         return Geometry(p.N, 1, p.C, p.S, p.C // p.groups, nhwc)
-    inner, S = (1, p.N * p.S) if nhwc else (p.N, p.S)
+    inner, S = (1, p.N * p.S) if nhwc and p.rule != BATCH_INSTANCE else (p.N, p.S)
     return Geometry(1, inner, p.C, S, 1, nhwc)
 
 
@@ -256,15 +256,15 @@ def choose_plan(p: Problem, limits: Limits, backward: bool = False, route: str |
     if p.scope == POSITION:
         rows = row_tile(p, limits, backward)
         return Plan(SINGLE_PASS if rows.BLOCKS_C == 1 else TWO_PASS, g, tiles, rows=rows)
-    if p.rule == BATCH_INSTANCE:
-        return Plan(SLICES, g, tiles)
-    if not p.batch_statistics or route in (TWO_PASS, SLICES) or (p.rule == RMS and p.count == 1):
-        return Plan(SLICES if route == SLICES else TWO_PASS, g, tiles)
+    apart = SLICES if route == SLICES or p.rule == BATCH_INSTANCE else TWO_PASS
+    given = not p.batch_statistics and p.rule != BATCH_INSTANCE  # of which the samples' moments are never given
+    if given or route in (TWO_PASS, SLICES) or (p.rule == RMS and p.count == 1):
+        return Plan(apart, g, tiles)
     sets = set_tile(p, limits, backward)
     # a few large sets would leave most of the device idle
     worth = sets is not None and (2 * sets.programs >= limits.processors or p.count <= 4096)
     if sets is None or not (worth or route == SINGLE_PASS):
-        return Plan(TWO_PASS, g, tiles)
+        return Plan(apart, g, tiles)
     return Plan(SINGLE_PASS, g, tiles, sets=sets)
 
 
