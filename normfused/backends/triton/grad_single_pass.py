@@ -19,6 +19,13 @@ from .tiles import divisible, get, put
 
 
 @triton.jit
+def saved_of_samples(mean, rstd, index, inside, C, BR: tl.constexpr):
+    """What the batch_instance rule saved: (mean, rstd) of every (set, row)."""
+    at = at_samples(index, C, BR)
+    return tl.load(mean + at, mask=inside[:, :, None], other=0.0), tl.load(rstd + at, mask=inside[:, :, None], other=0.0)
+
+
+@triton.jit
 def grad_single_pass_kernel(
     x, dy, source, dx, dresidual, mean, rstd, weight, bias, act_weight, rule_weight, out_dz, out_dz_xc, out_act, out_rule,
     D, S, R, so, sg, sR, sS, groups, per_outer, count,
@@ -44,14 +51,11 @@ def grad_single_pass_kernel(
     gamma = over_columns(weight, c, known, 1.0, ACC)
     shift = over_columns(bias, c, known, 0.0, ACC)
     if RULE == "batch_instance":
-        at = at_samples(index, groups, BR)
-        of_sample = tl.load(mean + at, mask=inside[:, :, None], other=0.0)
-        sample_deviation = tl.load(rstd + at, mask=inside[:, :, None], other=0.0)
         gate = over_columns(rule_weight, c, known, 1.0, ACC)
-        delta = of_sample - over_set(centre)
-        scale, offset = batch_instance.coefficients(delta, over_set(deviation), sample_deviation, gate, gamma)
+        sample_mean, sample_rstd = saved_of_samples(mean, rstd, index, inside, groups, BR)
+        scale, offset = batch_instance.coefficients(sample_mean - over_set(centre), over_set(deviation), sample_rstd, gate, gamma)
         shift += offset
-        centred = get(x + start + offsets, live, ACC) - of_sample
+        centred = get(x + start + offsets, live, ACC) - sample_mean
     else:
         scale = over_set(deviation) * gamma
         centred = get(x + start + offsets, live, ACC) - over_set(centre)
@@ -76,10 +80,14 @@ def grad_single_pass_kernel(
             tl.store(out_act + at, tl.sum(grad_weight(upstream, z, aw, ACT, SOURCE), 2), mask=inside)
     else:
         if RULE == "batch_instance":
-            sample_q, sample_r, dweight, dgate = batch_instance.coefficients_vjp(
-                delta, over_set(deviation), sample_deviation, gate, gamma, sum_dz[:, :, None], sum_dz_xc[:, :, None], S, count, GIVEN
+            # read again: until here their registers are needed
+            sample_mean, sample_rstd = saved_of_samples(mean, rstd, index, inside, groups, BR)
+            delta = sample_mean - over_set(centre)
+            scale, _ = batch_instance.coefficients(delta, over_set(deviation), sample_rstd, gate, gamma)
+            q, r, dgamma, dgate = batch_instance.coefficients_vjp(
+                delta, over_set(deviation), sample_rstd, gate, gamma, sum_dz[:, :, None], sum_dz_xc[:, :, None], S, count, GIVEN
             )  # fmt: skip
-            dweight = sum_set(dweight)
+            dweight = sum_set(dgamma)
             if out_rule is not None:
                 put(out_rule + index, sum_set(dgate), j < per_outer)
         else:
@@ -91,14 +99,13 @@ def grad_single_pass_kernel(
         if out_act is not None:
             put(out_act + index, sum_set(grad_weight(upstream, z, aw, ACT, SOURCE)), j < per_outer)
     if dx is not None:
-        flat = tl.sum(gamma, 2)
-        b = tl.sum(sum_dz_xc * flat, 1)
-        if RULE == "batch_instance":
-            put(dx + start + offsets, dz * scale + (sample_q * centred + sample_r), live)
-        elif RULE != "rms":
-            a = tl.sum(sum_dz * flat, 1)
-            q, r = coefficients_vjp(rstd, index, j < per_outer, deviation, a, b, groups, count, RULE)
-            put(dx + start + offsets, dz * scale + (over_set(q) * centred + over_set(r)), live)
-        else:
-            q = rms.coefficients_vjp(deviation, b, count)
-            put(dx + start + offsets, dz * scale + over_set(q) * centred, live)
+        if RULE != "batch_instance":
+            flat = tl.sum(gamma, 2)
+            b = tl.sum(sum_dz_xc * flat, 1)
+            if RULE != "rms":
+                a = tl.sum(sum_dz * flat, 1)
+                set_q, set_r = coefficients_vjp(rstd, index, j < per_outer, deviation, a, b, groups, count, RULE)
+                q, r = over_set(set_q), over_set(set_r)
+            else:
+                q, r = over_set(rms.coefficients_vjp(deviation, b, count)), 0.0
+        put(dx + start + offsets, dz * scale + (q * centred + r), live)

@@ -201,7 +201,9 @@ def set_tile(p: Problem, limits: Limits, backward: bool) -> SetTile | None:
     g = geometry(p)
     limit = limits.grad_set_tile if backward else limits.set_tile
     limit = limit // 2 if p.dtype == torch.float64 else limit
-    limit = min(limit, 8192) if g.vector < 4 else limit  # 32 warps of 8 values
+    # 32 warps of 8 values; 16 where the backward's coefficients are those of samples, as many as a lane's values
+    scattered = 4096 if backward and p.rule == BATCH_INSTANCE else 8192
+    limit = min(limit, scattered) if g.vector < 4 else limit
     if p.scope == CHANNEL:
         R, S, row_stride, set_stride, per_outer = g.inner, g.S, g.C * g.S, g.sC, g.C
     else:

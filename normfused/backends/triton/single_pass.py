@@ -69,8 +69,15 @@ def sum_set(values):
 
 
 @triton.jit
+def total(values, BY_ROW: tl.constexpr):
+    """The sum over the columns and, unless BY_ROW, the rows of every set; no axis goes."""
+    sums = tl.sum(values, 2, keep_dims=True)
+    return sums if BY_ROW else tl.sum(sums, 1, keep_dims=True)
+
+
+@triton.jit
 def moments(values, live, count, BY_ROW: tl.constexpr):
-    """(mean, variance) of every set, or row of it, in the tile's three axes."""
+    """(mean, biased variance) of every set or, BY_ROW, of every row of it, of ``count`` elements; no axis goes."""
     rough = total(values, BY_ROW) / count
     centred = tl.where(live, values - rough, 0.0)
     offset = total(centred, BY_ROW) / count
@@ -79,14 +86,8 @@ def moments(values, live, count, BY_ROW: tl.constexpr):
 
 
 @triton.jit
-def total(values, BY_ROW: tl.constexpr):
-    sums = tl.sum(values, 2, keep_dims=True)
-    return sums if BY_ROW else tl.sum(sums, 1, keep_dims=True)
-
-
-@triton.jit
 def at_samples(index, C, BR: tl.constexpr):
-    """Where batch-instance norm keeps a number of every (set, row): behind those of the batch."""
+    """Where the batch_instance rule keeps a number of every (set, row): behind those of the batch."""
     return ((1 + tl.arange(0, BR)).to(tl.int64)[None, :] * C + index[:, None])[:, :, None]
 
 
@@ -115,20 +116,20 @@ def single_pass_kernel(
     shift = over_columns(bias, c, known, 0.0, ACC)
     if RULE == "batch_instance":
         centre, v = moments(values, live, S, True)
-        deviation = standard.reciprocal_deviation(v, EPS)
+        sample_rstd = standard.reciprocal_deviation(v, EPS)
         at = at_samples(index, C, BR)
         tl.store(mean + at, centre, mask=inside[:, :, None])
-        tl.store(rstd + at, deviation, mask=inside[:, :, None])
+        tl.store(rstd + at, sample_rstd, mask=inside[:, :, None])
         if GIVEN:
-            of_batch, batch_deviation = given(index, j < per_outer, j < per_outer, running_mean, running_var, mean, rstd, EPS, ACC)
+            batch_mean, batch_rstd = given(index, j < per_outer, j < per_outer, running_mean, running_var, mean, rstd, EPS, ACC)
         else:
-            of_means, spread = moments(centre, inside[:, :, None], R, False)
-            of_batch, batch_deviation = finish(
-                index, j < per_outer, sum_set(of_means), sum_set(spread + total(v, False) / R), mean, var, rstd, weight, None,
+            middle, spread = moments(centre, inside[:, :, None], R, False)
+            batch_mean, batch_rstd = finish(
+                index, j < per_outer, sum_set(middle), sum_set(spread + total(v, False) / R), mean, var, rstd, weight, None,
                 running_mean, running_var, counter, r_max, d_max, momentum, C, count, RULE, EPS, False, AVERAGE, ACC,
             )  # fmt: skip
         gate = over_columns(rule_weight, c, known, 1.0, ACC)
-        scale, offset = batch_instance.coefficients(centre - over_set(of_batch), over_set(batch_deviation), deviation, gate, gamma)
+        scale, offset = batch_instance.coefficients(centre - over_set(batch_mean), over_set(batch_rstd), sample_rstd, gate, gamma)
         shift += offset
     else:
         centre = tl.zeros([BSET, 1, 1], ACC)
