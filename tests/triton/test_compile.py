@@ -63,7 +63,7 @@ CALLS = {
     "bin+add+silu 512@7 b64, on chip": call(CHANNEL, (64, 512, 7, 7), "silu", rule=BATCH_INSTANCE, residual="pre_act", tracked=True),
     "bin+relu 512@4 b16 nhwc, on chip": call(CHANNEL, (16, 512, 4, 4), "relu", rule=BATCH_INSTANCE, tracked=True, layout=NHWC),
     "bin eval+relu 256@16 b32 fp32, on chip": call(CHANNEL, (32, 256, 16, 16), "relu", FP32, rule=BATCH_INSTANCE, tracked=True, given=True),
-    "bin+relu 128@32 b4 fp64, on chip": call(CHANNEL, (4, 128, 32, 32), "relu", FP64, rule=BATCH_INSTANCE),
+    "bin+relu 128@16 b8 fp64, on chip": call(CHANNEL, (8, 128, 16, 16), "relu", FP64, rule=BATCH_INSTANCE),
     # group, instance, layer norm of maps, filter response
     "gn32+silu 320@32 b8, on chip": call(SAMPLE_GROUP, (8, 320, 32, 32), "silu", groups=32),
     "gn32+silu 320@16 b8 nhwc, on chip": call(SAMPLE_GROUP, (8, 320, 16, 16), "silu", groups=32, layout=NHWC),

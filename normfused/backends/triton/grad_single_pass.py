@@ -53,8 +53,7 @@ def grad_single_pass_kernel(
     if RULE == "batch_instance":
         gate = over_columns(rule_weight, c, known, 1.0, ACC)
         sample_mean, sample_rstd = saved_of_samples(mean, rstd, index, inside, groups, BR)
-        scale, offset = batch_instance.coefficients(sample_mean - over_set(centre), over_set(deviation), sample_rstd, gate, gamma)
-        shift += offset
+        scale, shift = batch_instance.coefficients(sample_mean - over_set(centre), over_set(deviation), sample_rstd, gate, gamma, shift)
         centred = get(x + start + offsets, live, ACC) - sample_mean
     else:
         scale = over_set(deviation) * gamma
@@ -80,10 +79,10 @@ def grad_single_pass_kernel(
             tl.store(out_act + at, tl.sum(grad_weight(upstream, z, aw, ACT, SOURCE), 2), mask=inside)
     else:
         if RULE == "batch_instance":
-            # read again: until here their registers are needed
+            tl.debug_barrier()  # so that the compiler reads again what else would hold registers from the first use to this
             sample_mean, sample_rstd = saved_of_samples(mean, rstd, index, inside, groups, BR)
             delta = sample_mean - over_set(centre)
-            scale, _ = batch_instance.coefficients(delta, over_set(deviation), sample_rstd, gate, gamma)
+            scale, _ = batch_instance.coefficients(delta, over_set(deviation), sample_rstd, gate, gamma, 0.0)
             q, r, dgamma, dgate = batch_instance.coefficients_vjp(
                 delta, over_set(deviation), sample_rstd, gate, gamma, sum_dz[:, :, None], sum_dz_xc[:, :, None], S, count, GIVEN
             )  # fmt: skip

@@ -190,9 +190,13 @@ def stream(p: Problem, limits: Limits) -> Stream:
     return Stream(BC, BS, TILES, s_tiles, tiles, chunks, g.outer * blocks * chunks, wide, _warps(p, BC * BS))
 
 
+def _few_a_lane(p: Problem) -> bool:
+    """Whether each value takes two registers, or has an address of its own to hold."""
+    return p.dtype == torch.float64 or geometry(p).vector < 4
+
+
 def _warps(p: Problem, elements: int) -> int:
-    """16 values a lane; 8 where each takes two registers, or has an address of its own to hold."""
-    per_lane, most = (8, 32) if p.dtype == torch.float64 or geometry(p).vector < 4 else (16, 16)
+    per_lane, most = (8, 32) if _few_a_lane(p) else (16, 16)
     return min(max(elements // (32 * per_lane), 1), most)
 
 
@@ -201,9 +205,9 @@ def set_tile(p: Problem, limits: Limits, backward: bool) -> SetTile | None:
     g = geometry(p)
     limit = limits.grad_set_tile if backward else limits.set_tile
     limit = limit // 2 if p.dtype == torch.float64 else limit
-    # 32 warps of 8 values; 16 where the backward's coefficients are those of samples, as many as a lane's values
-    scattered = 4096 if backward and p.rule == BATCH_INSTANCE else 8192
-    limit = min(limit, scattered) if g.vector < 4 else limit
+    limit = min(limit, 8192) if g.vector < 4 else limit  # 32 warps of 8 values
+    if backward and p.rule == BATCH_INSTANCE and _few_a_lane(p):
+        limit //= 2  # samples' coefficients take about as many registers as the values
     if p.scope == CHANNEL:
         R, S, row_stride, set_stride, per_outer = g.inner, g.S, g.C * g.S, g.sC, g.C
     else:

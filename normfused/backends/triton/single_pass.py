@@ -112,8 +112,6 @@ def single_pass_kernel(
     c = channels_of(index, groups, D, BR, ROWS_ARE_CHANNELS)
     known = inside if ROWS_ARE_CHANNELS else (j < per_outer)[:, None]
     values = get(x + start + offsets, live, ACC)
-    gamma = over_columns(weight, c, known, 1.0, ACC)
-    shift = over_columns(bias, c, known, 0.0, ACC)
     if RULE == "batch_instance":
         centre, v = moments(values, live, S, True)
         sample_rstd = standard.reciprocal_deviation(v, EPS)
@@ -128,9 +126,10 @@ def single_pass_kernel(
                 index, j < per_outer, sum_set(middle), sum_set(spread + total(v, False) / R), mean, var, rstd, weight, None,
                 running_mean, running_var, counter, r_max, d_max, momentum, C, count, RULE, EPS, False, AVERAGE, ACC,
             )  # fmt: skip
-        gate = over_columns(rule_weight, c, known, 1.0, ACC)
-        scale, offset = batch_instance.coefficients(centre - over_set(batch_mean), over_set(batch_rstd), sample_rstd, gate, gamma)
-        shift += offset
+        scale, shift = batch_instance.coefficients(
+            centre - over_set(batch_mean), over_set(batch_rstd), sample_rstd, over_columns(rule_weight, c, known, 1.0, ACC),
+            over_columns(weight, c, known, 1.0, ACC), over_columns(bias, c, known, 0.0, ACC),
+        )  # fmt: skip
     else:
         centre = tl.zeros([BSET, 1, 1], ACC)
         if RULE != "rms":
@@ -142,7 +141,8 @@ def single_pass_kernel(
             r_max, d_max, momentum, C, count, RULE, EPS, EPS_PER_CHANNEL, AVERAGE, ACC,
         )  # fmt: skip
         centre = over_set(set_centre)
-        scale = over_set(deviation) * gamma
+        scale = over_set(deviation) * over_columns(weight, c, known, 1.0, ACC)
+        shift = over_columns(bias, c, known, 0.0, ACC)
     z = (values - centre) * scale + shift
     aw = over_columns(act_weight, c if ACT_PER_CHANNEL else c * 0, known, 0.0, ACC)
     if residual is not None:

@@ -1,6 +1,6 @@
-"""Batch-instance norm about the sample's own mean: y = scale*(x - mean_nc) + bias + offset, with delta = mean_nc - mean_c and
+"""Batch-instance norm about the sample's own mean: y = scale*(x - mean_nc) + shift, with delta = mean_nc - mean_c and
 
-scale = weight*(gate*rstd_c + (1 - gate)*rstd_nc)      offset = weight*gate*rstd_c*delta
+scale = weight*(gate*rstd_c + (1 - gate)*rstd_nc)      shift = bias + weight*gate*rstd_c*delta
 
 Backward, from A = sum dz and B = sum dz*(x - mean_nc) of every sample of S of a set's M elements, with T_n = rstd_nc*B,
 
@@ -18,10 +18,10 @@ import triton.language as tl
 
 
 @triton.jit
-def coefficients(delta, rstd, sample_rstd, gate, weight):
-    """(scale, offset)"""
+def coefficients(delta, rstd, sample_rstd, gate, weight, bias):
+    """(scale, shift)"""
     batch = gate * rstd
-    return weight * (batch + (1.0 - gate) * sample_rstd), weight * batch * delta
+    return weight * (batch + (1.0 - gate) * sample_rstd), bias + weight * batch * delta
 
 
 @triton.jit
