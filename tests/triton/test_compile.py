@@ -17,7 +17,7 @@ import torch
 from normfused.activations import ACTIVATIONS, parse
 from normfused.backends import triton as backend
 from normfused.backends.triton.plan import Limits, forced
-from normfused.problem import CHANNEL, MEAN_ONLY, NHWC, POSITION, PRE_NORM, RENORM, RMS, SAMPLE_GROUP, STANDARD, Problem
+from normfused.problem import BATCH_INSTANCE, CHANNEL, MEAN_ONLY, NHWC, POSITION, PRE_NORM, RENORM, RMS, SAMPLE_GROUP, STANDARD, Problem
 
 pytest.importorskip("triton")
 from .compiled import Compiled, Launch, compile_launch, recorded
@@ -59,6 +59,11 @@ CALLS = {
     "brn+relu 512@14 b32, on chip": call(CHANNEL, (32, 512, 14, 14), "relu", rule=RENORM, tracked=True),
     "brn+add+relu 256@56 b32 nhwc": call(CHANNEL, (32, 256, 56, 56), "relu", rule=RENORM, residual="pre_act", tracked=True, layout=NHWC),
     "mean-only bn+relu 512@14 b32, on chip": call(CHANNEL, (32, 512, 14, 14), "relu", rule=MEAN_ONLY, tracked=True),
+    "bin+add+silu 512@14 b32, on chip": call(CHANNEL, (32, 512, 14, 14), "silu", rule=BATCH_INSTANCE, residual="pre_act", tracked=True),
+    "bin+add+silu 512@7 b64, on chip": call(CHANNEL, (64, 512, 7, 7), "silu", rule=BATCH_INSTANCE, residual="pre_act", tracked=True),
+    "bin+relu 512@4 b16 nhwc, on chip": call(CHANNEL, (16, 512, 4, 4), "relu", rule=BATCH_INSTANCE, tracked=True, layout=NHWC),
+    "bin eval+relu 256@16 b32 fp32, on chip": call(CHANNEL, (32, 256, 16, 16), "relu", FP32, rule=BATCH_INSTANCE, tracked=True, given=True),
+    "bin+relu 128@16 b8 fp64, on chip": call(CHANNEL, (8, 128, 16, 16), "relu", FP64, rule=BATCH_INSTANCE),
     # group, instance, layer norm of maps, filter response
     "gn32+silu 320@32 b8, on chip": call(SAMPLE_GROUP, (8, 320, 32, 32), "silu", groups=32),
     "gn32+silu 320@16 b8 nhwc, on chip": call(SAMPLE_GROUP, (8, 320, 16, 16), "silu", groups=32, layout=NHWC),
@@ -100,14 +105,14 @@ def _launches(
     x, per_channel = make(shape, dtype), make((C,), p.accumulate)
     r = x if residual else None
     running = (per_channel, per_channel, make((), torch.int64)) if tracked else (None, None, None)
-    eps = per_channel if rule_weight else None
+    own = per_channel if rule_weight or rule == BATCH_INSTANCE else None
     aw = per_channel if p.act.takes_weight else None
     bounds = ((make((), p.accumulate),) * 2,) if rule == RENORM else ()
     with forced(route, H200), recorded() as launches:
-        y, mean, rstd, h = backend.norm_act(p, x, r, per_channel, per_channel, aw, eps, *running, *bounds)
+        y, mean, rstd, h = backend.norm_act(p, x, r, per_channel, per_channel, aw, own, *running, *bounds)
         source = h if backend.mask_bytes(p) else {None: None, "y": y, "residual": r}[p.z_source]
         dh = x if residual == PRE_NORM else None
-        backend.norm_act_backward(p, x, dh, x, source, per_channel, per_channel, aw, eps, mean, rstd, (True, True, True))
+        backend.norm_act_backward(p, x, dh, x, source, per_channel, per_channel, aw, own, mean, rstd, (True, True, True))
     return launches
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from normfused.backends.triton.plan import Limits
-from normfused.problem import CHANNEL, POSITION, PRE_NORM, RMS, SAMPLE_GROUP, STANDARD
+from normfused.problem import BATCH_INSTANCE, CHANNEL, POSITION, PRE_NORM, RMS, SAMPLE_GROUP, STANDARD
 
 from ..support import cases
 from .cases import KINDS, LOOPED, SMALL, Case, pairwise
@@ -38,9 +39,10 @@ LENGTHS = st.lists(st.integers(1, 7), max_size=3)
 def test_random_shapes(data: st.DataObject, device: torch.device) -> None:
     draw = data.draw
     scope = draw(st.sampled_from([CHANNEL, SAMPLE_GROUP, POSITION]))
-    rule = STANDARD if scope == CHANNEL else draw(st.sampled_from([STANDARD, RMS]))
     groups, width = draw(st.integers(1, 5)), draw(st.integers(1, 9))
     shape = (draw(st.integers(1, 4)), groups * width, *draw(LENGTHS))
+    with_samples = [BATCH_INSTANCE] if math.prod(shape[2:]) > 1 else []
+    rule = draw(st.sampled_from([STANDARD, *with_samples] if scope == CHANNEL else [STANDARD, RMS]))
     tile = 1 << draw(st.integers(2, 7))
     rows = tile * draw(st.sampled_from([1, 64]))
     limits = Limits(draw(st.integers(1, 3)), tile, 1024, 1024, rows, rows, draw(st.sampled_from([1, 4])))
@@ -50,7 +52,7 @@ def test_random_shapes(data: st.DataObject, device: torch.device) -> None:
         act=draw(st.sampled_from(["relu", "silu", "prelu"])),
         residual=draw(st.sampled_from([None, "pre_act", PRE_NORM if scope == POSITION else "post_act"])),
         route=draw(st.sampled_from(["single_pass", "two_pass"])), limits=limits, device=device, dtype=torch.float64,
-        seed=draw(st.integers(0, 99)),
+        seed=draw(st.integers(0, 99)), rule_weights=shape[1] if rule == BATCH_INSTANCE else 0,
     ).check()  # fmt: skip
 
 
@@ -62,7 +64,7 @@ def test_default_limits(kind: str, route: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("kind", ["channel tracked", "group", "filter response, eps each", "position"])
+@pytest.mark.parametrize("kind", ["channel tracked", "batch instance", "group", "filter response, eps each", "position"])
 def test_long_offsets_are_the_same(kind: str, layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels of tensors whose tiles span 2^31 elements, on a small one."""
     from dataclasses import replace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normfused.activations import ACTIVATIONS, activate, parse
+from normfused.backends import by_steps
 from normfused.backends import triton as backend
 from normfused.backends.triton import launch
 from normfused.backends.triton.plan import forced
@@ -20,13 +22,17 @@ ROUTES = ["single_pass", "two_pass"]
 CENTRED = ["channel", "group", "instance", "position"]
 
 
+def routed(kinds: list[str], single_pass: tuple[str, ...] = ("batch instance",)) -> pytest.MarkDecorator:
+    """``kinds`` on both routes, and those that by steps are of kind ``instance`` in one pass alone."""
+    return pytest.mark.parametrize(("kind", "route"), [*itertools.product(kinds, ROUTES), *((k, "single_pass") for k in single_pass)])
+
+
 def _limits(kind: str, route: str) -> Any:
     return LOOPED if kind.startswith("position") and route == "two_pass" else SMALL
 
 
 # ----------------------------------------------------------------------------------------------------------- statistics
-@pytest.mark.parametrize("kind", CENTRED)
-@pytest.mark.parametrize("route", ROUTES)
+@routed(CENTRED)
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_large_mean(kind: str, route: str, layout: str, device: torch.device) -> None:
     """mean/sd = 1000 in float32: y within 1e-3; E[x^2] - E[x]^2 would be wrong by 7e-2 and more."""
@@ -35,6 +41,13 @@ def test_large_mean(kind: str, route: str, layout: str, device: torch.device) ->
     wide.x, wide.w, wide.b = case.x.double(), case.w.double(), case.b.double()
     y, expected = case.forward()[0].double(), wide.forward()[0]
     assert float((y - expected).abs().max() / expected.abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("kind", ["batch instance", "batch instance given"])
+def test_large_mean_of_batch_instance(kind: str, layout: str, device: torch.device) -> None:
+    """mean/sd = 33 in float32: every statistic, output and gradient as with a mean of 0; E[x^2] - E[x]^2 would lose 3 digits."""
+    Case(shape=(3, 6, 7, 5), layout=layout, route="single_pass", device=device, mean=1000.0, scale=30.0, **KINDS[kind]).check()
 
 
 @pytest.mark.parametrize("kind", CENTRED)
@@ -47,8 +60,7 @@ def test_unlike_beginning(kind: str, route: str, device: torch.device) -> None:
     case.check()
 
 
-@pytest.mark.parametrize("kind", CENTRED)
-@pytest.mark.parametrize("route", ROUTES)
+@routed(CENTRED)
 def test_constant_set_gives_bias(kind: str, route: str, device: torch.device) -> None:
     case = Case(shape=(3, 6, 7, 3), route=route, limits=_limits(kind, route), device=device, **KINDS[kind])
     case.x.fill_(1234.567)
@@ -60,8 +72,7 @@ def test_constant_set_gives_bias(kind: str, route: str, device: torch.device) ->
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("momentum", [0.25, None])
-@pytest.mark.parametrize("kind", ["channel tracked", "instance tracked"])
-@pytest.mark.parametrize("route", ROUTES)
+@routed(["channel tracked", "instance tracked"])
 def test_half_running_statistics_round_once(
     kind: str, dtype: torch.dtype, momentum: float | None, route: str, device: torch.device
 ) -> None:  # fmt: skip
@@ -69,6 +80,8 @@ def test_half_running_statistics_round_once(
     before = [t.clone() for t in case.running]
     mean = case.forward()[1]
     factor = momentum if momentum is not None else 1 / 5
+    if kind == "batch instance":
+        mean = mean[0]
     per_channel = mean if mean.dim() == 1 else mean.mean(0)
     expected = (before[0].float() * (1 - factor) + per_channel * factor).to(dtype)
     ulp = torch.finfo(dtype).eps * expected.abs().float()
@@ -78,23 +91,23 @@ def test_half_running_statistics_round_once(
     assert int(case.running[2]) == int(before[2]) + 1
 
 
-@pytest.mark.parametrize("kind", ["channel tracked", "instance tracked"])
+@routed(["channel tracked", "instance tracked"])
 @pytest.mark.parametrize("missing", [(True, False, False), (False, True, True), (True, True, False), (False, False, True)])
-def test_some_buffers(kind: str, missing: tuple[bool, ...], device: torch.device) -> None:
-    for route in ROUTES:
-        for momentum in (0.1, None):
-            case = Case(**{**KINDS[kind], "momentum": momentum}, route=route, device=device)
-            case.running = tuple(None if gone else t for gone, t in zip(missing, case.running, strict=True))
-            case.check()
+def test_some_buffers(kind: str, route: str, missing: tuple[bool, ...], device: torch.device) -> None:
+    for momentum in (0.1, None):
+        case = Case(**{**KINDS[kind], "momentum": momentum}, route=route, device=device)
+        case.running = tuple(None if gone else t for gone, t in zip(missing, case.running, strict=True))
+        case.check()
 
 
-def test_several_steps_of_a_cumulative_average(device: torch.device) -> None:
-    case = Case(**KINDS["channel cumulative"], device=device)
+@pytest.mark.parametrize("kind", ["channel cumulative", "batch instance cumulative"])
+def test_several_steps_of_a_cumulative_average(kind: str, device: torch.device) -> None:
+    case = Case(**KINDS[kind], device=device)
     case.running[2].zero_()
     seen = []
     for step in range(3):
         case.x = torch.randn_like(case.x)
-        seen.append(case.forward()[1])
+        seen.append(case.forward()[1].view(-1, 6)[0])
         assert int(case.running[2]) == step + 1
     torch.testing.assert_close(case.running[0], torch.stack(seen).mean(0))
 
@@ -161,8 +174,7 @@ def test_storage_rounds_to_nearest_even(dtype: torch.dtype, device: torch.device
 
 
 # ------------------------------------------------------------------------------------------------------------ behaviour
-@pytest.mark.parametrize("kind", ["channel tracked", "group", "instance", "filter response", "position", "position rms"])
-@pytest.mark.parametrize("route", ROUTES)
+@routed(["channel tracked", "group", "instance", "filter response", "position", "position rms"])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_bad_value_stays_in_its_set(kind: str, route: str, layout: str, value: float, device: torch.device) -> None:
@@ -189,8 +201,7 @@ def test_a_bad_value_stays_in_its_set(kind: str, route: str, layout: str, value:
         assert torch.isfinite(case.running[1]).tolist() == [c != 2 for c in range(6)]
 
 
-@pytest.mark.parametrize("kind", ["channel tracked", "group", "filter response, eps each", "position"])
-@pytest.mark.parametrize("route", ROUTES)
+@routed(["channel tracked", "group", "filter response, eps each", "position"])
 def test_same_bits_twice(kind: str, route: str, device: torch.device) -> None:
     def run() -> list[Tensor | None]:
         case = Case(shape=(3, 6, 7, 5), route=route, limits=_limits(kind, route), act="prelu", device=device, **KINDS[kind])
@@ -202,8 +213,7 @@ def test_same_bits_twice(kind: str, route: str, device: torch.device) -> None:
         assert a is None or torch.equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["channel", "channel given", "group", "filter response, eps each", "position"])
-@pytest.mark.parametrize("route", ROUTES)
+@routed(["channel", "channel given", "group", "filter response, eps each", "position"], ("batch instance", "batch instance given"))
 def test_what_is_not_needed_is_not_there(kind: str, route: str, device: torch.device) -> None:
     case = Case(route=route, limits=_limits(kind, route), act="silu", residual="pre_act", device=device, **KINDS[kind])
     out = case.forward()
@@ -232,6 +242,9 @@ FORWARD = {
     ("channel tracked", "single_pass"): ["single_pass_kernel"],
     ("channel tracked", "two_pass"): ["moments_kernel", "finalize_kernel", "apply_kernel"],
     ("channel given", "two_pass"): ["apply_kernel"],
+    ("batch instance", "single_pass"): ["single_pass_kernel"],
+    ("batch instance given", "single_pass"): ["single_pass_kernel"],
+    ("batch instance", "two_pass"): ["moments_kernel", "finalize_kernel", "apply_kernel"],
     ("group", "single_pass"): ["single_pass_kernel"],
     ("instance tracked", "single_pass"): ["single_pass_kernel", "average_running_kernel"],
     ("position", "single_pass"): ["positions_kernel"],
@@ -241,11 +254,22 @@ BACKWARD = {
     ("channel tracked", "single_pass"): ["grad_single_pass_kernel"],
     ("channel tracked", "two_pass"): ["grad_moments_kernel", "grad_channels_kernel", "grad_apply_kernel"],
     ("channel given", "two_pass"): ["grad_moments_kernel", "grad_channels_kernel"],
+    ("batch instance", "single_pass"): ["grad_single_pass_kernel"],
+    ("batch instance given", "single_pass"): ["grad_single_pass_kernel"],
+    ("batch instance", "two_pass"): ["grad_moments_kernel", "grad_apply_kernel"],
     ("group", "single_pass"): ["grad_single_pass_kernel", "grad_channels_kernel"],
     ("instance tracked", "single_pass"): ["grad_single_pass_kernel", "grad_channels_kernel"],
     ("position", "single_pass"): ["grad_positions_kernel", "grad_channels_kernel"],
     ("position", "two_pass"): ["grad_positions_kernel", "grad_moments_kernel", "grad_channels_kernel"],
 }
+
+
+@pytest.mark.parametrize("kind", ["batch instance", "batch instance given"])
+def test_batch_instance_takes_no_steps_by_itself(kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the backend plans an ordinary call, nobody forcing a route: x is read by one kernel."""
+    for name in ("norm_act", "norm_act_backward"):
+        monkeypatch.setattr(by_steps, name, lambda *args: pytest.fail("the four steps ran"))
+    Case(shape=(3, 6, 5, 7), act="silu", limits=None, device=device, **KINDS[kind]).check()
 
 
 @pytest.mark.parametrize(("kind", "route"), FORWARD)
@@ -266,8 +290,10 @@ def test_frozen_statistics_without_parameters_read_once(launches: list[str], dev
     assert launches == ["grad_apply_kernel"]
 
 
-def test_inputs_and_given_statistics_are_left_alone(device: torch.device) -> None:
-    case = Case(act="silu", residual="pre_act", device=device, **KINDS["channel given"])
+@pytest.mark.parametrize("kind", ["channel given", "batch instance given"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_inputs_and_given_statistics_are_left_alone(kind: str, momentum: float | None, device: torch.device) -> None:
+    case = Case(act="silu", residual="pre_act", momentum=momentum, device=device, **KINDS[kind])
     inputs = [case.x, case.r, case.dy, case.w, case.b, *case.running]
     before = [t.clone() for t in inputs]
     y, mean, rstd, h = case.forward()
@@ -277,7 +303,7 @@ def test_inputs_and_given_statistics_are_left_alone(device: torch.device) -> Non
 
 
 def test_strides_are_those_of_x(device: torch.device) -> None:
-    for kind in ("channel", "group", "position", "position pre-norm"):
+    for kind in ("channel", "batch instance", "group", "position", "position pre-norm"):
         case = Case(layout="nhwc", device=device, **KINDS[kind])
         out = case.forward()
         dx = case.backward(*out)[0]
@@ -311,6 +337,7 @@ class _Norm(torch.autograd.Function):
     ("kind", "act", "residual"),
     [
         ("channel", "silu", "pre_act"),
+        ("batch instance", "mish", "pre_act"),
         ("group", "softplus", "post_act"),
         ("filter response, eps each", "prelu", None),
         ("filter response, one eps", "tlu", None),

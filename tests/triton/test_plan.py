@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from normfused.backends import triton as backend
 from normfused.backends.triton.plan import Limits, Plan, choose_plan, forced, geometry, plan_for
-from normfused.problem import CHANNEL, POSITION, RMS, SAMPLE_GROUP, STANDARD, Problem
+from normfused.problem import BATCH_INSTANCE, CHANNEL, POSITION, RMS, SAMPLE_GROUP, STANDARD, Problem
 
 H200 = Limits()
 MOST_PROGRAMS = 2**31 - 1
@@ -59,12 +59,14 @@ LARGE = st.integers(1, 3000) | st.sampled_from([2**k for k in range(17)])
 @given(
     scope=st.sampled_from([CHANNEL, SAMPLE_GROUP, POSITION]), N=LARGE, width=st.integers(1, 70), groups=st.integers(1, 64), S=LARGE,
     layout=st.sampled_from(["nchw", "nhwc"]), dtype=st.sampled_from([torch.float16, torch.float32, torch.float64]),
-    backward=st.booleans(), route=st.sampled_from([None, "single_pass", "two_pass", "slices"]),
+    with_samples=st.booleans(), backward=st.booleans(), route=st.sampled_from([None, "single_pass", "two_pass", "slices"]),
 )  # fmt: skip
 def test_any_problem_is_covered(
-    scope: str, N: int, width: int, groups: int, S: int, layout: str, dtype: torch.dtype, backward: bool, route: str | None
+    scope: str, N: int, width: int, groups: int, S: int, layout: str, dtype: torch.dtype, with_samples: bool, backward: bool,
+    route: str | None,
 ) -> None:  # fmt: skip
-    p = _problem(scope, N, width * groups, S, groups if scope == SAMPLE_GROUP else 1, layout, dtype)
+    rule = BATCH_INSTANCE if scope == CHANNEL and with_samples else STANDARD
+    p = _problem(scope, N, width * groups, S, groups if scope == SAMPLE_GROUP else 1, layout, dtype, rule)
     _covers(p, choose_plan(p, H200, backward, route))
 
 
@@ -76,6 +78,12 @@ def test_any_problem_is_covered(
         (_problem(CHANNEL, 32, 256, 56 * 56, layout="nhwc"), "two_pass"),
         (_problem(CHANNEL, 128, 1024, 1), "single_pass"),
         (_problem(CHANNEL, 2, 3, 8192), "two_pass"),  # it fits, but three programs would do all the work
+        (_problem(CHANNEL, 32, 512, 14 * 14, rule=BATCH_INSTANCE), "single_pass"),
+        (_problem(CHANNEL, 16, 512, 4 * 4, layout="nhwc", rule=BATCH_INSTANCE), "single_pass"),
+        (_problem(CHANNEL, 32, 512, 14 * 14, rule=BATCH_INSTANCE, batch_statistics=False), "single_pass"),
+        (_problem(CHANNEL, 32, 256, 56 * 56, rule=BATCH_INSTANCE), "slices"),
+        (_problem(CHANNEL, 32, 256, 56 * 56, rule=BATCH_INSTANCE, batch_statistics=False), "slices"),
+        (_problem(CHANNEL, 2, 3, 8192, rule=BATCH_INSTANCE), "slices"),
         (_problem(SAMPLE_GROUP, 8, 320, 32 * 32, 32), "single_pass"),
         (_problem(SAMPLE_GROUP, 8, 320, 128 * 128, 32), "two_pass"),
         (_problem(SAMPLE_GROUP, 8, 64, 49, 64), "single_pass"),
@@ -91,6 +99,18 @@ def test_route(p: Problem, route: str) -> None:
 def test_evaluation_has_no_single_pass() -> None:
     p = _problem(CHANNEL, 32, 512, 49, batch_statistics=False)
     assert choose_plan(p, H200, route="single_pass").route == "two_pass"
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_rows_are_samples_where_they_have_moments(layout: str) -> None:
+    """One row to a sample, whatever the layout; forced apart, it is by steps."""
+    p = _problem(CHANNEL, 6, 512, 7 * 3, layout=layout, rule=BATCH_INSTANCE)
+    for backward in (False, True):
+        sets = choose_plan(p, H200, backward).sets
+        assert sets is not None
+        assert (sets.R, sets.S, sets.BR, sets.BS, sets.row_stride) == (6, 21, 8, 32, 512 * 21)
+        assert sets.set_stride == (1 if layout == "nhwc" else 21)
+        assert choose_plan(p, H200, backward, "two_pass").route == "slices"
 
 
 def test_long_tiles_are_wide() -> None:

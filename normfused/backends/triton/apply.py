@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from .activation import activate, on_first_slope
+from .coefficients import given
 from .mask import pack, tile_bytes
-from .rules import standard
 from .tiles import dense_strides, get, locate, put, tile_offsets, tile_start
 
 
@@ -70,10 +70,7 @@ def apply_kernel(
     known = c < C
     at = o.to(tl.int64) * (C // D) + c // D
     if given_var is not None:
-        centre = tl.load(given_mean + c, mask=known, other=0.0).to(ACC)
-        deviation = standard.reciprocal_deviation(tl.load(given_var + c, mask=known, other=1.0).to(ACC), EPS)
-        tl.store(mean + c, centre, mask=known & (chunk == 0))
-        tl.store(rstd + c, deviation, mask=known & (chunk == 0))
+        centre, deviation = given(c, known, known & (chunk == 0), given_mean, given_var, mean, rstd, EPS, ACC)
         scale, shift = affine(deviation, weight, bias, c, c, known, ACC)
     else:
         centre, scale, shift = coefficients(mean, rstd, weight, bias, at, c, known, SLICES, ACC)

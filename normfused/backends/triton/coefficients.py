@@ -98,6 +98,16 @@ def finish(
 
 
 @triton.jit
+def given(c, known, writes, running_mean, running_var, mean, rstd, EPS: tl.constexpr, ACC: tl.constexpr):
+    """(mean, rstd) of given statistics; stored too, where ``writes`` holds."""
+    centre = tl.load(running_mean + c, mask=known, other=0.0).to(ACC)
+    deviation = standard.reciprocal_deviation(tl.load(running_var + c, mask=known, other=1.0).to(ACC), EPS)
+    tl.store(mean + c, centre, mask=writes)
+    tl.store(rstd + c, deviation, mask=writes)
+    return centre, deviation
+
+
+@triton.jit
 def reciprocal(index, known, v, rule_weight, C, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, ACC: tl.constexpr):
     if rule_weight is not None:
         at = index % C if EPS_PER_CHANNEL else index * 0

@@ -124,12 +124,13 @@ def norm_act(
             h = torch.empty_like(x) if p.residual_mode == PRE_NORM else None
             _positions(p, plan, x, residual, h, y, mean if p.centred else None, rstd, weight, bias, act_weight)
             return y, mean, rstd, h
-        if not p.batch_statistics:
+        if not p.batch_statistics and plan.route != SINGLE_PASS:
             given = running_mean, running_var
             _apply(p, plan, x, residual, y, mask, mean, rstd, weight, bias, act_weight, given=given)
             return y, mean if p.centred else mean.new_empty(0), rstd, mask
-        tracked = (_some(running_mean), _some(running_var), num_batches_tracked)
-        average = _averages(p, num_batches_tracked)
+        counter = num_batches_tracked if p.batch_statistics else None
+        tracked = (_some(running_mean), _some(running_var), counter)
+        average = _averages(p, counter)
         over_samples = p.scope == SAMPLE_GROUP and any(b is not None for b in tracked)
         var = _like(p, x, p.moments_shape) if over_samples else None
         out = (mean if p.centred or over_samples else None, var, rstd, rule_weight)
@@ -227,8 +228,8 @@ def _single_pass(
         single_pass_kernel, t.programs,
         x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, rule_weight, *tracked, *bounds, _momentum(p),
         g.C, g.D, *_set_strides(g, t), p.count,
-        RULE=p.rule, EPS=p.eps, EPS_PER_CHANNEL=rule_weight is not None and rule_weight.numel() > 1, AVERAGE=average,
-        POST=p.residual_mode == POST_ACT, GROUP=mask_group(p) or 1, NHWC=g.nhwc, ROWS_ARE_CHANNELS=p.scope == SAMPLE_GROUP,
+        RULE=p.rule, GIVEN=not p.batch_statistics, EPS=p.eps, EPS_PER_CHANNEL=rule_weight is not None and rule_weight.numel() > 1,
+        AVERAGE=average, POST=p.residual_mode == POST_ACT, GROUP=mask_group(p) or 1, NHWC=g.nhwc, ROWS_ARE_CHANNELS=p.scope == SAMPLE_GROUP,
         **_activation(p, act_weight), **_type(p), **_sets(g, t),
     )  # fmt: skip
 
@@ -315,11 +316,11 @@ class _Gradients:
             return torch.empty(p.C, dtype=p.accumulate, device=parameter.device)
 
         self.needed = needed and any(t is not None for t in (weight, bias, act_weight, rule_weight))
-        self.weight, self.bias, self.act, self.eps = like(weight), like(bias), like(act_weight), like(rule_weight)
+        self.weight, self.bias, self.act, self.rule = like(weight), like(bias), like(act_weight), like(rule_weight)
         self.act_weight, self.rule_weight = act_weight, rule_weight
 
     def results(self) -> tuple[Tensor | None, ...]:
-        return self.weight, self.bias, _shared(self.act, self.act_weight), _shared(self.eps, self.rule_weight)
+        return self.weight, self.bias, _shared(self.act, self.act_weight), _shared(self.rule, self.rule_weight)
 
 
 def _shared(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
@@ -348,8 +349,8 @@ def _grad_channels(
 ) -> None:
     programs, blocks = _merge(("BC", "BP"), p.C, chunks * outer)
     launch(
-        grad_channels_kernel, programs, *part, rstd, weight, wanted.rule_weight if wanted.eps is not None else None,
-        wanted.weight, wanted.bias, wanted.act, wanted.eps, q, r, outer, p.C, D, chunks, p.count,
+        grad_channels_kernel, programs, *part, rstd, weight, wanted.rule_weight if wanted.rule is not None else None,
+        wanted.weight, wanted.bias, wanted.act, wanted.rule, q, r, outer, p.C, D, chunks, p.count,
         RULE=p.rule, EPS_PER_CHANNEL=wanted.rule_weight is not None and wanted.rule_weight.numel() > 1, **_type(p), **blocks,
     )  # fmt: skip
 
@@ -478,15 +479,13 @@ def _grad_single_pass(
     g, t = plan.geometry, plan.sets
     assert t is not None
     by_row = p.scope == SAMPLE_GROUP
-    part: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if wanted.needed and by_row:
-        part = _partials(p, x, wanted, g.outer, g.C)
-    elif wanted.needed:
-        part = (wanted.bias, wanted.weight, wanted.act)
+    part: tuple[Tensor | None, Tensor | None, Tensor | None] = (wanted.bias, wanted.weight, wanted.act)
+    if by_row:
+        part = _partials(p, x, wanted, g.outer, g.C) if wanted.needed else (None, None, None)
     launch(
-        grad_single_pass_kernel, t.programs, x, dy, source, dx, dresidual, centre, rstd, weight, bias, act_weight, *part,
-        g.D, *_set_strides(g, t), p.count,
-        RULE=p.rule, **_source(p, source), NHWC=g.nhwc, ROWS_ARE_CHANNELS=by_row,
+        grad_single_pass_kernel, t.programs, x, dy, source, dx, dresidual, centre, rstd, weight, bias, act_weight, wanted.rule_weight,
+        *part, None if by_row else wanted.rule, g.D, *_set_strides(g, t), p.count,
+        RULE=p.rule, GIVEN=not p.batch_statistics, **_source(p, source), NHWC=g.nhwc, ROWS_ARE_CHANNELS=by_row,
         **_activation(p, act_weight), **_type(p), **_sets(g, t),
     )  # fmt: skip
     if wanted.needed and by_row:

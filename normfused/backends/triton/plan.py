@@ -9,7 +9,7 @@ All scopes but position are one geometry: x is (outer, inner, C, S) and a set is
 scope          outer               inner    S         D
 =============  ==================  =======  ========  ===========
 channel, nchw  1                   N        S         1
-channel, nhwc  1                   1        N*S       1
+channel, nhwc  1                   1        N*S       1       (1, N, S where samples have moments too)
 sample_group   N                   1        S         C/groups
 position       1                   N or 1   S or N*S  (set: a position)
 =============  ==================  =======  ========  ===========
@@ -139,7 +139,7 @@ def geometry(p: Problem) -> Geometry:
     nhwc = p.layout == NHWC or p.S == 1
     if p.scope == SAMPLE_GROUP:
         return Geometry(p.N, 1, p.C, p.S, p.C // p.groups, nhwc)
-    inner, S = (1, p.N * p.S) if nhwc else (p.N, p.S)
+    inner, S = (1, p.N * p.S) if nhwc and p.rule != BATCH_INSTANCE else (p.N, p.S)
     return Geometry(1, inner, p.C, S, 1, nhwc)
 
 
@@ -190,9 +190,13 @@ def stream(p: Problem, limits: Limits) -> Stream:
     return Stream(BC, BS, TILES, s_tiles, tiles, chunks, g.outer * blocks * chunks, wide, _warps(p, BC * BS))
 
 
+def _few_a_lane(p: Problem) -> bool:
+    """Whether each value takes two registers, or has an address of its own to hold."""
+    return p.dtype == torch.float64 or geometry(p).vector < 4
+
+
 def _warps(p: Problem, elements: int) -> int:
-    """16 values a lane; 8 where each takes two registers, or has an address of its own to hold."""
-    per_lane, most = (8, 32) if p.dtype == torch.float64 or geometry(p).vector < 4 else (16, 16)
+    per_lane, most = (8, 32) if _few_a_lane(p) else (16, 16)
     return min(max(elements // (32 * per_lane), 1), most)
 
 
@@ -202,6 +206,8 @@ def set_tile(p: Problem, limits: Limits, backward: bool) -> SetTile | None:
     limit = limits.grad_set_tile if backward else limits.set_tile
     limit = limit // 2 if p.dtype == torch.float64 else limit
     limit = min(limit, 8192) if g.vector < 4 else limit  # 32 warps of 8 values
+    if backward and p.rule == BATCH_INSTANCE and _few_a_lane(p):
+        limit //= 2  # samples' coefficients take about as many registers as the values
     if p.scope == CHANNEL:
         R, S, row_stride, set_stride, per_outer = g.inner, g.S, g.C * g.S, g.sC, g.C
     else:
@@ -256,15 +262,15 @@ def choose_plan(p: Problem, limits: Limits, backward: bool = False, route: str |
     if p.scope == POSITION:
         rows = row_tile(p, limits, backward)
         return Plan(SINGLE_PASS if rows.BLOCKS_C == 1 else TWO_PASS, g, tiles, rows=rows)
-    if p.rule == BATCH_INSTANCE:
-        return Plan(SLICES, g, tiles)
-    if not p.batch_statistics or route in (TWO_PASS, SLICES) or (p.rule == RMS and p.count == 1):
-        return Plan(SLICES if route == SLICES else TWO_PASS, g, tiles)
+    apart = SLICES if route == SLICES or p.rule == BATCH_INSTANCE else TWO_PASS
+    given = not p.batch_statistics and p.rule != BATCH_INSTANCE  # of which the samples' moments are never given
+    if given or route in (TWO_PASS, SLICES) or (p.rule == RMS and p.count == 1):
+        return Plan(apart, g, tiles)
     sets = set_tile(p, limits, backward)
     # a few large sets would leave most of the device idle
     worth = sets is not None and (2 * sets.programs >= limits.processors or p.count <= 4096)
     if sets is None or not (worth or route == SINGLE_PASS):
-        return Plan(TWO_PASS, g, tiles)
+        return Plan(apart, g, tiles)
     return Plan(SINGLE_PASS, g, tiles, sets=sets)
 
 

@@ -1,9 +1,9 @@
 """Steps 1 to 3, forward, in one launch: the sets of a program lie in its registers between the statistics and y = act(z).
 
 A tile is BSET sets x BR rows x BS columns. Scope sample_group: rows are the channels of a group. Scope channel: rows are the
-samples (nchw), or there is one row and columns run over samples and positions (nhwc). Variance about the mean, corrected for the
-rounding of the mean. On chip: x. Reads x [and residual] once, writes y [and the mask]: 2 (3) elements each. Grid: outer indices x
-blocks of sets.
+samples (nchw), or there is one row and columns run over samples and positions (nhwc); of batch-instance norm, whose samples have
+moments of their own, rows are samples in both. Variance about the mean, corrected for the rounding of the mean. On chip: x. Reads x
+[and residual] once, writes y [and the mask]: 2 (3) elements each. Grid: outer indices x blocks of sets.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 
 from .activation import activate, on_first_slope
-from .coefficients import finish
+from .coefficients import finish, given
 from .mask import pack, set_bytes
+from .rules import batch_instance, standard
 from .tiles import divisible, get, put
 
 
@@ -68,12 +69,35 @@ def sum_set(values):
 
 
 @triton.jit
+def total(values, BY_ROW: tl.constexpr):
+    """The sum over the columns and, unless BY_ROW, the rows of every set; no axis goes."""
+    sums = tl.sum(values, 2, keep_dims=True)
+    return sums if BY_ROW else tl.sum(sums, 1, keep_dims=True)
+
+
+@triton.jit
+def moments(values, live, count, BY_ROW: tl.constexpr):
+    """(mean, biased variance) of every set or, BY_ROW, of every row of it, of ``count`` elements; no axis goes."""
+    rough = total(values, BY_ROW) / count
+    centred = tl.where(live, values - rough, 0.0)
+    offset = total(centred, BY_ROW) / count
+    v = total(centred * centred, BY_ROW) / count - offset * offset
+    return rough + offset, tl.where(v < 0, 0.0, v)  # that of equal numbers may round below zero
+
+
+@triton.jit
+def at_samples(index, C, BR: tl.constexpr):
+    """Where the batch_instance rule keeps a number of every (set, row): behind those of the batch."""
+    return ((1 + tl.arange(0, BR)).to(tl.int64)[None, :] * C + index[:, None])[:, :, None]
+
+
+@triton.jit
 def single_pass_kernel(
     x, residual, y, mask, mean, var, rstd, weight, bias, act_weight, rule_weight, running_mean, running_var, counter, r_max, d_max,
     momentum: tl.float64,
     C, D, S, R, so, sg, sR, sS, groups, per_outer, count,
-    RULE: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr, POST: tl.constexpr,
-    GROUP: tl.constexpr, NHWC: tl.constexpr,
+    RULE: tl.constexpr, GIVEN: tl.constexpr, EPS: tl.constexpr, EPS_PER_CHANNEL: tl.constexpr, AVERAGE: tl.constexpr,
+    POST: tl.constexpr, GROUP: tl.constexpr, NHWC: tl.constexpr,
     ACT: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACT_PER_CHANNEL: tl.constexpr, ROWS_ARE_CHANNELS: tl.constexpr,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, BSET: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
@@ -88,22 +112,38 @@ def single_pass_kernel(
     c = channels_of(index, groups, D, BR, ROWS_ARE_CHANNELS)
     known = inside if ROWS_ARE_CHANNELS else (j < per_outer)[:, None]
     values = get(x + start + offsets, live, ACC)
-    centre = tl.zeros([BSET], ACC)
-    if RULE != "rms":
-        rough = sum_set(values) / count
-        centred = tl.where(live, values - over_set(rough), 0.0)
-        offset = sum_set(centred) / count
-        v = sum_set(centred * centred) / count - offset * offset
-        v = tl.where(v < 0, 0.0, v)  # a constant set may round below zero
-        centre = rough + offset
+    if RULE == "batch_instance":
+        centre, v = moments(values, live, S, True)
+        sample_rstd = standard.reciprocal_deviation(v, EPS)
+        at = at_samples(index, C, BR)
+        tl.store(mean + at, centre, mask=inside[:, :, None])
+        tl.store(rstd + at, sample_rstd, mask=inside[:, :, None])
+        if GIVEN:
+            batch_mean, batch_rstd = given(index, j < per_outer, j < per_outer, running_mean, running_var, mean, rstd, EPS, ACC)
+        else:
+            middle, spread = moments(centre, inside[:, :, None], R, False)
+            batch_mean, batch_rstd = finish(
+                index, j < per_outer, sum_set(middle), sum_set(spread + total(v, False) / R), mean, var, rstd, weight, None,
+                running_mean, running_var, counter, r_max, d_max, momentum, C, count, RULE, EPS, False, AVERAGE, ACC,
+            )  # fmt: skip
+        scale, shift = batch_instance.coefficients(
+            centre - over_set(batch_mean), over_set(batch_rstd), sample_rstd, over_columns(rule_weight, c, known, 1.0, ACC),
+            over_columns(weight, c, known, 1.0, ACC), over_columns(bias, c, known, 0.0, ACC),
+        )  # fmt: skip
     else:
-        v = sum_set(values * values) / count
-    centre, deviation = finish(
-        index, j < per_outer, centre, v, mean, var, rstd, weight, rule_weight, running_mean, running_var, counter, r_max, d_max, momentum,
-        C, count, RULE, EPS, EPS_PER_CHANNEL, AVERAGE, ACC,
-    )  # fmt: skip
-    scale = over_set(deviation) * over_columns(weight, c, known, 1.0, ACC)
-    z = (values - over_set(centre)) * scale + over_columns(bias, c, known, 0.0, ACC)
+        centre = tl.zeros([BSET, 1, 1], ACC)
+        if RULE != "rms":
+            centre, v = moments(values, live, count, False)
+        else:
+            v = total(values * values, False) / count
+        set_centre, deviation = finish(
+            index, j < per_outer, sum_set(centre), sum_set(v), mean, var, rstd, weight, rule_weight, running_mean, running_var, counter,
+            r_max, d_max, momentum, C, count, RULE, EPS, EPS_PER_CHANNEL, AVERAGE, ACC,
+        )  # fmt: skip
+        centre = over_set(set_centre)
+        scale = over_set(deviation) * over_columns(weight, c, known, 1.0, ACC)
+        shift = over_columns(bias, c, known, 0.0, ACC)
+    z = (values - centre) * scale + shift
     aw = over_columns(act_weight, c if ACT_PER_CHANNEL else c * 0, known, 0.0, ACC)
     if residual is not None:
         r = get(residual + start + offsets, live, ACC)
