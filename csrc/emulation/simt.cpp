@@ -246,7 +246,7 @@ static struct {
     unsigned seed = 0;
     bool races = false, traffic = false;
     bool launching = true;
-    int processors = 132, shared_limit = 232448, shared_of_processor = 233472;
+    int processors = 132, shared_limit = 232448, shared_of_processor = 233472, largest_cluster = 8;
     std::string skip_file;
     int skip_line = 0;
     // the launch
@@ -1315,10 +1315,12 @@ int launch(const LaunchConfig& config, bool impossible, void (*call)(const void*
                     grid.threads, grid.cluster, grid.shared_bytes, why, grid.name));
         return error;
     };
-    constexpr int invalid_value = 1, invalid_configuration = 9, cooperative_launch_too_large = 720;  // of cudaError_t
+    constexpr int invalid_value = 1, invalid_configuration = 9, cooperative_launch_too_large = 720,
+                  invalid_cluster_size = 912;  // cudaError_t
     if (impossible) return refuse("no device takes it", invalid_configuration);
     if (int64_t(grid.shared_bytes) > machine.shared_limit) return refuse("more shared memory than a block can have", invalid_value);
     if (grid.cooperative && grid.blocks > capacity()) return refuse("too large to be cooperative", cooperative_launch_too_large);
+    if (grid.cluster > unsigned(machine.largest_cluster)) return refuse("no room for such a cluster", invalid_cluster_size);
     watching = machine.races || machine.traffic;
     machine.call = call;
     machine.kernel_and_arguments = kernel_and_arguments;
@@ -1389,6 +1391,7 @@ void nf_emulation_limits(int processors, int shared_bytes, int shared_bytes_of_p
     machine.shared_limit = shared_bytes;
     machine.shared_of_processor = shared_bytes_of_processor;
 }
+void nf_emulation_largest_cluster(int blocks) { machine.largest_cluster = blocks; }
 void nf_emulation_reset() {
     machine.text.clear();
     machine.launches = 0;

@@ -98,6 +98,7 @@ void nf_emulation_traffic(int on);  // count what is asked of memory
 void nf_emulation_launches(int on);  // 0: launches return at once, to time what surrounds them
 // Of the device: processors, shared bytes that a block may have, and that a processor has. A cooperative grid must fit into them.
 void nf_emulation_limits(int processors, int shared_bytes, int shared_bytes_of_processor);
+void nf_emulation_largest_cluster(int blocks);
 void nf_emulation_reset();          // forgets the message, counters and sites; modes and skipped sites stay
 const char* nf_emulation_message();  // of the last fault since reset, or ""
 

@@ -89,7 +89,9 @@ namespace normfused {
 
 constexpr uint32_t max_threads_of_block = 1024, max_blocks_of_cluster = 8;
 
-constexpr int too_large_to_be_cooperative = 720;  // cudaErrorCooperativeLaunchTooLarge, of launch()
+// Of launch(): blocks that must run together do not find room together, or (in a part of a device, MPS) no such cluster ever does.
+// cudaErrorCooperativeLaunchTooLarge, cudaErrorInvalidClusterSize, cudaErrorLaunchOutOfResources
+constexpr bool not_together(int status) { return status == 720 || status == 912 || status == 701; }
 
 // Whether no device would take this launch
 inline bool impossible(const LaunchConfig& config) {

@@ -362,8 +362,8 @@ int64_t mask_bytes(const Problem& problem) {
 }
 
 namespace {
-// Where blocks that must run together do not all find room beside other work on the device: a launch per pass
-Plan instead_of_groups(const Problem& problem, Step step, const Needs& needs, const Limits& limits, bool pool) {
+// Where blocks that must run together do not find room together: a launch per pass
+Plan instead_of_owners(const Problem& problem, Step step, const Needs& needs, const Limits& limits, bool pool) {
     return choose_plan(problem, step, needs, limits, pool, int(Route::two_pass));
 }
 
@@ -387,8 +387,8 @@ Requirements requirements(const Problem& problem, Step step, const Needs& needs,
     const Plan plan = choose_plan(problem, step, needs, limits, pool, forced_route);
     const Workspace space = workspace(problem, step, needs, plan, pool);
     int64_t numbers = space.numbers();
-    if (plan.owner == Owner::group) {
-        const Plan other = instead_of_groups(problem, step, needs, limits, pool);
+    if (plan.owner != Owner::block) {
+        const Plan other = instead_of_owners(problem, step, needs, limits, pool);
         numbers = std::max(numbers, workspace(problem, step, needs, other, pool).numbers());
     }
     return {size_t(numbers) * (problem.type == Type::float64 ? 8 : 4), space.arrivals};
@@ -408,9 +408,9 @@ int run(const Problem& problem, Step step, const Needs& needs, const Limits& lim
     const bool by_steps = problem.rule == Rule::batch_instance;  // where no single pass takes it, the caller has another way
     if (by_steps && plan.route != Route::single_pass) return not_supported;
     const int status = run_plan(problem, step, needs, plan, args, pool, stream);
-    if (plan.owner != Owner::group || status != too_large_to_be_cooperative) return status;
+    if (plan.owner == Owner::block || !not_together(status)) return status;
     return by_steps ? not_supported
-                    : run_plan(problem, step, needs, instead_of_groups(problem, step, needs, limits, pool), args, pool, stream);
+                    : run_plan(problem, step, needs, instead_of_owners(problem, step, needs, limits, pool), args, pool, stream);
 }
 
 int describe(const Problem& problem, Step step, const Needs& needs, const Limits& limits, bool pool, char* text, int size) {

@@ -545,6 +545,26 @@ def test_a_group_without_room_takes_two_launches(act: str, machine: Machine, emu
     assert launches[1] == ["moments", "apply", "grad_moments", "grad_apply", "grad_parameters"]
 
 
+@pytest.mark.parametrize("layout", ["nchw", NHWC])
+@pytest.mark.parametrize("rule", [STANDARD, BATCH_INSTANCE])
+def test_a_cluster_without_room_takes_other_launches(rule: str, layout: str, machine: Machine, emulated: None) -> None:
+    """In a part of a device (MPS, green contexts) there may be no place for a cluster that the device's properties promise."""
+    gates = 8 if rule == BATCH_INSTANCE else 0
+    case = Case(CHANNEL, rule, (8, 8, 33, 20), layout=layout, route="cluster", rule_weights=gates, act="relu", tracked=True, limits=SMALL)
+    launches = []
+    try:
+        for largest in (8, 1):
+            with machine.mode(traffic=True):
+                machine.c.nf_emulation_largest_cluster(largest)
+                replace(case).check()
+                launches.append([kernel["kernel"] for kernel in machine.counters()["kernels"]])
+    finally:
+        machine.c.nf_emulation_largest_cluster(8)
+    assert launches[0] == ["single_pass", "grad_single_pass"]
+    assert launches[1][-1] == "grad_apply"
+    assert "single_pass" not in launches[1]
+
+
 def test_batch_instance_norm_without_room_takes_the_steps(machine: Machine, emulated: None) -> None:
     """It has no launch per pass: the moments of every (n, c) and the rule on them stand in."""
     case = Case(CHANNEL, BATCH_INSTANCE, (8, 3, 64, 100), rule_weights=3, act="relu", residual="pre_act", tracked=True, limits=None)
