@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,12 +203,14 @@ def test_compilation_has_a_share_of_a_limited_time(monkeypatch: pytest.MonkeyPat
 
 def test_saving_takes_a_small_part_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
+    now = [0.0]  # only saving takes time
 
     def save(self: Results, path: Path) -> None:
         saved.append(len(self.rows))
-        time.sleep(0.2)
+        now[0] += 0.2
 
     monkeypatch.setattr(Results, "save", save)
+    monkeypatch.setattr(operators, "time", SimpleNamespace(monotonic=lambda: now[0]))
     results = run(path=tmp_path / "results.json")
     assert saved == [len(results.rows) // 3, len(results.rows)]
 
