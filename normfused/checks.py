@@ -57,7 +57,7 @@ def parameter(op: str, name: str, value: Tensor | None, x: Tensor, shape: Sequen
         return
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor or None, got {type(value).__name__}")
-    if isinstance(shape, int):
+    if not isinstance(shape, Sequence):  # under torch.jit.trace and a symbolic make_fx the number of channels is no int
         if value.dim() != 1 or value.shape[0] != shape:
             raise ShapeError(f"{op}: {name} must have shape ({shape},) to match the input's channels, got {tuple(value.shape)}")
     elif tuple(value.shape) != tuple(shape):

@@ -32,7 +32,8 @@ _COMPILED = {
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found; ``str()`` of it is the report. ``saved_bytes`` counts what autograd keeps beside parameters and x itself;
-    ``compiled`` is what `torch.compile` would make of it (`set_compile_mode`)."""
+    ``compiled`` is what `torch.compile` would make of it (`set_compile_mode`); ``further``: how many operations came after the one that is
+    described, where a module of several layers was given."""
 
     name: str
     backend: str
@@ -48,14 +49,18 @@ class Explanation:
     plan: tuple[str, ...] = ()
     near_zero: int | None = None
     compiled: str = "decompose"
+    further: int = 0
 
     def __str__(self) -> str:
+        saved = "in place of x, y included" if self.path == "rebuilt" else "beside x and parameters"
         lines = [
             f"{self.name}: backend {self.backend}, {self.path} ({_PATHS[self.path]})",
             f"  scope {self.scope}, rule {self.rule}, activation {self.act}"
             + (f", residual {self.residual_mode}" if self.residual_mode else ""),
-            f"  saved for the backward beside x and parameters: {self.saved_bytes:,} bytes (x: {self.input_bytes:,})",
+            f"  saved for the backward {saved}: {self.saved_bytes:,} bytes (x: {self.input_bytes:,})",
         ]
+        if self.further:
+            lines.append(f"  the first of {1 + self.further} operations; the bytes are those of the whole call")
         if self.near_zero is not None:
             lines.append(
                 f"  weights too near 0 to rebuild x: {self.near_zero:,} so far (channels, summed over the training forwards)"
@@ -135,6 +140,7 @@ def explain(layer_or_function: nn.Module | Callable[..., Any], x: Tensor, *args:
         _plan(backend, p),
         int(layer_or_function.near_zero) if getattr(layer_or_function, "memory_efficient", False) else None,  # type: ignore[union-attr, arg-type]
         _compiled(backend, path, rule),
+        len(seen) - 1,
     )
 
 

@@ -150,13 +150,21 @@ def weight_norm(module: nn.Module, name: str = "weight", dim: int | None = 0) ->
         do those of the older ``torch.nn.utils.weight_norm`` (``<name>_g``, ``<name>_v``).
 
     Raises:
-        ValueError: there is no such parameter, it is uninitialized or no floating point. IndexError: it has no such dimension.
+        ValueError: there is no such parameter, it is uninitialized, no floating point or parametrized already (further
+            parametrizations come after a weight norm). IndexError: it has no such dimension.
 
     Norms are computed in float32 or better. A row of zeros gives NaN, as in torch. Deterministic, differentiable twice.
 
     Reference: Salimans & Kingma, Weight Normalization, 2016 (arXiv 1602.07868); `init_weight_norm` is its initialization from data.
     """
     weight = _weight_of(module, name, "weight_norm")
+    before = _parametrizations(module, name)
+    if len(before):
+        found = type(before[-1]).__name__.lstrip("_")
+        raise ValueError(
+            f"weight_norm: {name!r} must be a plain parameter, as g and v take its place, got one with {found}; "
+            "apply weight_norm first, further parametrizations after it"
+        )
     dim = None if dim is None or dim == -1 else _dimension(dim, weight)
     parametrize.register_parametrization(module, name, _WeightNorm(dim), unsafe=True)
     _settle(module, name)
@@ -265,8 +273,10 @@ class _Together:
     layer computes its own.
     """
 
-    def __init__(self, root: nn.Module, layers: list[tuple[nn.Module, str]], compute: Callable[[list[Any]], list[Tensor]]) -> None:
-        self.root, self.layers, self.compute = root, layers, compute
+    def __init__(
+        self, root: nn.Module, layers: list[tuple[nn.Module, str]], kind: type[_Shared], compute: Callable[[list[Any]], list[Tensor]]
+    ) -> None:
+        self.root, self.layers, self.kind, self.compute = root, layers, kind, compute
         self.depth = 0  # of calls of the model within itself
         self.ready: list[_Shared] = []  # those whose weights are computed
 
@@ -281,7 +291,8 @@ class _Together:
         for layer, name in self.layers:
             of_layer = _parametrizations(layer, name)
             first = of_layer._modules["0"] if of_layer != () else None
-            request = first.request(of_layer) if isinstance(first, _Shared) else None
+            # where another one comes before it, the weight it is given is not there yet: it computes its own
+            request = first.request(of_layer) if isinstance(first, self.kind) else None
             if request is not None:
                 found.append(first)  # type: ignore[arg-type]
                 requests.append(request)
@@ -348,7 +359,7 @@ def weight_norm_model(model: nn.Module, name: str = "weight", dim: int | None = 
 
     layers = _layers(model, name, select, "weight_norm_model")
     _parametrize(layers, name, normalise, _WeightNorm, torch_parametrizations._WeightNorm, take_over)
-    _Together(model, [(layer, name) for layer in layers], weights.weight_norm).attach()
+    _Together(model, [(layer, name) for layer in layers], _WeightNorm, weights.weight_norm).attach()
     return model
 
 
@@ -389,7 +400,7 @@ def spectral_norm_model(
 
     layers = _layers(model, name, select, "spectral_norm_model")
     _parametrize(layers, name, normalise, _SpectralNorm, torch_parametrizations._SpectralNorm, take_over)
-    _Together(model, [(layer, name) for layer in layers], weights.spectral_norm).attach()
+    _Together(model, [(layer, name) for layer in layers], _SpectralNorm, weights.spectral_norm).attach()
     return model
 
 

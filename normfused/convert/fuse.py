@@ -19,7 +19,7 @@ from .blocks import known_block, residual_block
 from .classes import ALREADY, KINDS, Conversion, class_name, conversion, is_norm
 from .report import FusionReport, Row
 from .source import Fusion
-from .swap import pass_through, record_of, restore, swap, twin
+from .swap import kept_by_hooks, pass_through, record_of, restore, swap, twin
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 # act(m x) = m act(x) for m >= 0: dropout's mask may as well come after them
@@ -192,6 +192,9 @@ class _Plan:
             self._prove_by_graph(owner, owner, {m for m in owner.modules() if len(self.places[m]) == 1})
         elif isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward:
             self._prove_neighbours(owner)
+        elif isinstance(owner, (nn.ModuleList, nn.ModuleDict)):
+            for _, norm in self._candidates(owner):
+                norm.note = f"no activation fused: what is called through a {type(owner).__name__} is not read"
         elif not isinstance(owner, _CONTAINERS):
             self._prove_residual_block(owner)
             self._prove_by_code(owner)
@@ -222,6 +225,8 @@ class _Plan:
             between, act_name, act = _next_but_dropout(children[i + 1 :])
             held = None if act is None else twin(act)
             found = None if held is None else from_module(held)
+            if act is not None and kept_by_hooks(act):
+                norm.note = f"no activation fused: the {type(act).__name__} after it has a hook"
             if act is None or held is None or not self._wanted(found):
                 continue
             if between is not None and found is not None and found.name not in _HOMOGENEOUS:

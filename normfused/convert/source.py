@@ -27,13 +27,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..activations import IDENTITY, Activation, from_module, module_of, parse
-from .swap import PassThrough, Swapped, derived, remembered, twin, without_act
+from .swap import PassThrough, Swapped, derived, kept_by_hooks, remembered, twin, without_act
 
 NOTHING = "no activation follows"
 _HARMLESS = {"weight", "bias", "running_mean", "running_var", "num_features", "num_groups", "num_channels", "normalized_shape", "eps"}
 _SWITCHES = re.compile(r"training|checkpoint|(^|_)cp$")  # attributes that users turn on and off in a model's life
 _METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid", "tanh": "tanh", "tanh_": "tanh"}
 _NUMBERS = {"leaky_relu": ("negative_slope", "inplace"), "elu": ("alpha", "inplace"), "softplus": ("beta", "threshold")}
+_BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 _LEAVES = (ast.Return, ast.Raise, ast.Break, ast.Continue, ast.Yield, ast.YieldFrom, ast.Await)
 
 
@@ -347,7 +348,7 @@ class _Method:
             if found is None:
                 act = self._act_on(following, name)
                 if act is None:
-                    raise Refusal(NOTHING)
+                    raise Refusal("what follows is in a branch or a loop" if isinstance(following, _BLOCKS) else NOTHING)
                 return act, False
             if not self.residual:
                 raise Refusal("an add stands between it and the activation")
@@ -385,7 +386,7 @@ class _Method:
 
     def _act_on(self, statement: ast.stmt, name: str) -> _Act | None:
         """The activation if all that ``statement`` does with ``name`` is to apply one; it is taken out."""
-        if isinstance(statement, (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.FunctionDef)):
+        if isinstance(statement, (*_BLOCKS, ast.FunctionDef)):
             return None
         if _loads(statement, name) != 1:
             return None
@@ -478,6 +479,8 @@ class _Method:
                 kept = _function_as_act(module)
                 return None if kept is None else _Act(kept, None, None)
             held = twin(module)
+            if held is None and kept_by_hooks(module):
+                raise Refusal(f"the {type(module).__name__} after it has a hook")
             found = None if held is None else from_module(held)
             return None if found is None or found == IDENTITY else _Act(found, module, path[0] if len(path) == 1 else None)
         return self._function(call)

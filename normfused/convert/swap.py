@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from ..activations import from_module
+from ..activations import IDENTITY, from_module
 
 _RECORD = "_normfused_record"
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -132,13 +132,28 @@ def twin(act: nn.Module) -> nn.Module | None:
     It is a second object of torch's class that shares the parameters, buffers and hooks of ``act`` (their very dictionaries), so that a
     state dict that is loaded, ``functional_call`` and ``to`` reach it through ``act``, which keeps its place in the model.
     """
-    hooked = act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks
-    if hooked or "forward" in act.__dict__ or record_of(act) is not None:
+    if _has_hooks(act) or "forward" in act.__dict__ or record_of(act) is not None:
         return None
     if from_module(act) is not None:
         return copy.copy(act)
     same = _SAME.get(named(type(act)))
     return None if same is None else same(act)
+
+
+def kept_by_hooks(act: nn.Module) -> bool:
+    """Whether ``act`` is of a fused kind, and only its hooks stand in the way."""
+    if not _has_hooks(act):
+        return False
+    bare = copy.copy(act)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        setattr(bare, hooks, {})
+    held = twin(bare)
+    found = None if held is None else from_module(held)
+    return found is not None and found != IDENTITY
+
+
+def _has_hooks(act: nn.Module) -> bool:
+    return bool(act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks)
 
 
 def _as_prelu(act: nn.Module) -> nn.Module:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import normfused as nf
 
@@ -55,6 +58,24 @@ class Network(nn.Module):
             if isinstance(y, tuple):
                 y = y[0] + y[1]
         return y
+
+
+TRACED = [name for name in LAYERS if name not in ("input bias", "rescaled")]
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_tracers_whose_sizes_are_no_ints(name: str) -> None:
+    """A symbolic make_fx and torch.jit.trace (TensorBoard's add_graph, counters of operations), replayed at another batch size."""
+    layer = LAYERS[name]().eval()
+    inputs = [torch.randn(2, C, 6, 5) for _ in range(1 if name in WITHOUT_RESIDUAL else 2)]
+    larger = [torch.cat([x, x + 1]) for x in inputs]
+    state = {name: t.detach() for name, t in (*layer.named_parameters(), *layer.named_buffers())}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jit is deprecated, and says which branches it cannot see
+        traced = torch.jit.trace(layer, tuple(inputs), check_trace=False)  # its second look is without gradients, where other paths run
+    graph = make_fx(lambda s, *given: functional_call(layer, s, given), tracing_mode="symbolic")(state, *inputs)
+    torch.testing.assert_close(traced(*larger), layer(*larger))
+    torch.testing.assert_close(graph(state, *larger), layer(*larger))
 
 
 def network(names: tuple[str, ...]) -> Network:

@@ -211,6 +211,7 @@ def test_later_drift_is_counted_and_shown() -> None:
     report = nf.explain(layer, x)
     assert report.near_zero == 6 and report.path == "rebuilt" and "6 so far" in str(report) and "cannot be relied on" in str(report)
     assert nf.explain(nf.BatchNormAct2d(8), x).near_zero is None
+    assert "in place of x, y included: " in str(report) and "beside x and parameters: " in str(nf.explain(nf.BatchNormAct2d(8), x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)

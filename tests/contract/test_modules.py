@@ -316,3 +316,5 @@ def test_explain_does_not_move_statistics() -> None:
     assert "torch" in report and "not reference" in report
     with pytest.raises(ValueError, match="ran no operation"):
         nf.explain(nn.ReLU(), X)
+    assert "the first of" not in report
+    assert "the first of 2 operations" in str(nf.explain(nn.Sequential(layer, copy.deepcopy(layer)), X))

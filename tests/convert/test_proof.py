@@ -257,6 +257,56 @@ def test_others_that_see_it(cls: Any) -> None:
     assert not report.fused and any("no activation fused" in r.note for r in report.rows), report
 
 
+class Listed(nn.Module):
+    """Norms in a list, as people write loops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms, self.act = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)]), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in self.norms:
+            x = self.act(norm(x))
+        return x
+
+
+class InABranch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        if self.training:
+            y = F.relu(y)
+        return y
+
+
+def looks(module: nn.Module, args: Any) -> None:
+    """A hook."""
+
+
+def hooked(model: Any, act: str = "act") -> Any:
+    getattr(model, act).register_forward_pre_hook(looks)
+    return model
+
+
+REASONS = {
+    "a list": (Listed, "what is called through a ModuleList is not read"),
+    "a branch": (InABranch, "what follows is in a branch or a loop"),
+    "a hook": (lambda: hooked(method(silu)()), "the SiLU after it has a hook"),
+    "a hook behind an add": (lambda: hooked(TimmBlock(4), "act2"), "the ReLU after it has a hook"),
+    "a hook in a Sequential": (lambda: hooked(nn.Sequential(nn.BatchNorm2d(4), nn.SiLU()), "1"), "the SiLU after it has a hook"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_the_report_says_what_hides_the_activation(case: str) -> None:
+    make, reason = REASONS[case]
+    report = same_after_conversion(moved(make()), X)
+    assert {r.note for r in report.rows if not r.act and r.name != "norm2"} == {f"no activation fused: {reason}"}, report
+
+
 def test_a_norm_shared_whole_is_converted_once() -> None:
     block = nn.Sequential(nn.BatchNorm2d(4), nn.SiLU())
     report = same_after_conversion(moved(nn.Sequential(block, nn.Conv2d(4, 4, 1), block)), X)

@@ -196,6 +196,31 @@ def test_further_parametrizations_and_hooks(kind: str) -> None:
     same(layer.weight, 2 * expected)
 
 
+def test_spectral_norm_of_a_weight_norm() -> None:
+    """Layer by layer and as a model; the other way round g and v would have no place."""
+    models = []
+    for package, suffix in ((theirs, ""), (ours, ""), (ours, "_model")):
+        model = network()
+        for kind in KINDS:
+            torch.manual_seed(1)
+            for part in [model] if suffix else [model[i] for i in (0, 2, 5)]:
+                getattr(package, kind + suffix)(part)
+        models.append(model)
+    x = batch()
+    for _ in range(2):
+        expected, *found = [model(x) for model in models]
+        for y in found:
+            same(y, expected)
+    (models[0](x).sum() + models[1](x).sum() + models[2](x).sum()).backward()
+    for parameters in zip(*(model.parameters() for model in models), strict=True):
+        for p in parameters[1:]:
+            same(p.grad, parameters[0].grad)
+    for take in (ours.weight_norm_model, lambda m: ours.weight_norm(m[0])):
+        model = ours.spectral_norm_model(network())
+        with pytest.raises(ValueError, match="'weight' must be a plain parameter, .* got one with SpectralNorm; apply weight_norm first"):
+            take(model)
+
+
 # ------------------------------------------------------------------------------------------------------------ the model
 class Counted:
     """How many tensors each call of the backend was given."""
