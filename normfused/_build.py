@@ -231,17 +231,20 @@ def survey(environment: Mapping[str, str] = os.environ) -> Machine:
 # ------------------------------------------------------------------------------------------------------- the decision
 @dataclass(frozen=True)
 class Decision:
-    """``kind`` is "cuda" or "python". Of a pure Python install ``reason`` says why and ``fix`` what to do."""
+    """``kind`` is "cuda" or "python". Of a pure Python install ``reason`` says why and ``fix`` what to do; ``elsewhere``: why what is
+    compiled will not run on this machine."""
 
     kind: str
     reason: str
     fix: str = ""
     architectures: tuple[str, ...] = ()
+    elsewhere: str = ""
 
     @property
     def message(self) -> str:
         if self.kind == "cuda":
-            return f"normfused: compiling CUDA kernels for {' '.join(self.architectures)} ({self.reason})"
+            note = f"; they will not run here: {self.elsewhere}" if self.elsewhere else ""
+            return f"normfused: compiling CUDA kernels for {' '.join(self.architectures)} ({self.reason}){note}"
         return f"normfused: pure Python install: {self.reason}" + (f"; {self.fix}" if self.fix else "")
 
 
@@ -273,16 +276,19 @@ def decide(machine: Machine, mode: str = "auto", architectures: str | None = Non
     if mode == "python":
         return Decision("python", "NORMFUSED_BUILD=python", f"to have the CUDA kernels: {COMMAND}")
     architectures = (architectures or "").strip() or None
+    elsewhere = ""
     try:
         torch, toolkit = _tools(machine, mode == "cuda", architectures)
         if mode == "auto":
             _can_run(machine, torch, toolkit, architectures)
+        else:
+            elsewhere = _why_elsewhere(machine, torch, toolkit)
         chosen = _architectures(machine, toolkit, architectures)
     except _NotHere as why:
         if mode == "cuda":
             raise BuildError(f"the CUDA extension cannot be built: {why}") from None
         return Decision("python", why.reason, why.fix)
-    return Decision("cuda", f"nvcc {toolkit.version}, torch {torch.version}", architectures=tuple(map(str, chosen)))
+    return Decision("cuda", f"nvcc {toolkit.version}, torch {torch.version}", architectures=tuple(map(str, chosen)), elsewhere=elsewhere)
 
 
 def _tools(machine: Machine, forced: bool, wanted: str | None) -> tuple[Torch, Toolkit]:
@@ -321,6 +327,16 @@ def _can_run(machine: Machine, torch: Torch, toolkit: Toolkit, wanted: str | Non
             f"nvcc {toolkit.version} makes kernels for newer drivers: {who} CUDA {serves}",
             f"set CUDA_HOME to a toolkit {_numbers(serves)[0]}.x, then: {COMMAND}",
         )
+
+
+def _why_elsewhere(machine: Machine, torch: Torch, toolkit: Toolkit) -> str:
+    if torch.cuda is None:
+        return f"torch {torch.version} has no CUDA"
+    try:
+        _can_run(machine, torch, toolkit, None)
+    except _NotHere as why:
+        return why.reason
+    return ""
 
 
 def _architectures(machine: Machine, toolkit: Toolkit, wanted: str | None) -> tuple[Architecture, ...]:

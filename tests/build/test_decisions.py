@@ -128,6 +128,19 @@ def test_forced_it_cross_compiles(machine, wanted, architectures):
 
 
 @pytest.mark.parametrize(
+    ("machine", "why"),
+    [
+        (FULL, ""),
+        (replace(FULL, gpus=()), "they will not run here: no GPU is visible"),
+        (replace(FULL, torch=replace(TORCH, version="2.13.0+cpu", cuda=None)), "they will not run here: torch 2.13.0+cpu has no CUDA"),
+    ],
+)
+def test_forced_it_says_where_it_will_not_run(machine, why):
+    message = decide(machine, "cuda", "9.0").message
+    assert message.endswith(why) if why else "not run here" not in message
+
+
+@pytest.mark.parametrize(
     ("machine", "wanted", "message"),
     [
         (replace(FULL, torch=None), None, "no torch was found"),
