@@ -78,10 +78,9 @@ template <class A, class Value> NF_DEVICE void merge_rows(const Table<A, Value>&
 }
 
 // The same of the columns of a narrow slab, whose two numbers on_set gives; ``v`` becomes the sample's
-template <class T, class Value, class Before, class OnSet>
+template <class T, class Value, class OnSet>
 NF_DEVICE void over_samples(const Call& call, const Slab<T, false>& slab, const Sample<T, false>& sample, Value (&v)[vector_size<T>],
-                            const Before& before, const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>],
-                            AccumulatorOf<T> (&second)[vector_size<T>]) {
+                            const OnSet& on_set, AccumulatorOf<T> (&first)[vector_size<T>], AccumulatorOf<T> (&second)[vector_size<T>]) {
     using A = AccumulatorOf<T>;
     constexpr int V = vector_size<T>;
     const Walk& w = call.walk;
@@ -107,7 +106,7 @@ NF_DEVICE void over_samples(const Call& call, const Slab<T, false>& slab, const 
         for (int column = int(thread_index()); column < slab.columns; column += int(block_threads()))
             on_column(column, table.get(0, column));
     };
-    over_owned_sets<true, T, Value>(call, slab, columns, before, [](int, const Value&, bool) {}, on_set, first, second);
+    over_owned_sets<true, T, Value>(call, slab, columns, [] {}, [](int, const Value&, bool) {}, on_set, first, second);
     if (sample.pieces == 1) return;
     const Table<A, Value> table(call.scratch_offset, 1, slab.team * V), mine = exchanged_columns<T, Value>(call, slab);
     for (int column = int(thread_index()); column < slab.columns; column += int(block_threads())) {
@@ -175,7 +174,7 @@ template <class T, bool kWide, bool kRows> NF_DEVICE void finish_samples(const C
             const Statistics<A> s = finish_set(call, channel, all, running(channel), stores, batches_before);
             return Pair<A>{s.mean, s.rstd};
         };
-        over_samples<T, Moments<A>>(call, slab, sample, m, [] {}, on_set, batch_mean, batch_rstd);
+        over_samples<T, Moments<A>>(call, slab, sample, m, on_set, batch_mean, batch_rstd);
     }
     const A per_position = A(1) / A(call.problem.S);
     NF_UNROLL
@@ -255,7 +254,7 @@ NF_DEVICE void finish_sample_gradients(const Call& call, const Slab<T, kWide>& s
         const auto on_set = [&](int set, const Value& all, bool stores) {
             return finish_batch_gradient(call, slab.first_set(call.walk) + set, all, stores);
         };
-        over_samples<T, Value>(call, slab, sample, v, [] {}, on_set, g.q, g.r);
+        over_samples<T, Value>(call, slab, sample, v, on_set, g.q, g.r);
     }
     // Read again, and the coefficients last: nothing of them need lie in registers while owners meet
     A gate[kLanes], weight[kLanes];
