@@ -76,7 +76,7 @@ def _backend(weight: Tensor, *others: Tensor) -> str | None:
 def _without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """Of products with vectors, which autocast would compute in half precision; some devices (meta) have none."""
     kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _steps(backend: str) -> Any:
