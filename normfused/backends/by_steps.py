@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..problem import SAMPLE_GROUP, STANDARD, Problem
-from .reference.moments import unbiased, update_running_statistics
+from .reference.moments import pooled, unbiased, update_running_statistics
 from .reference.rules import batch_instance as rule
 
 
@@ -26,7 +26,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """What the backward needs, from the moments of every (n, c); the running statistics move on, or are read."""
     if p.batch_statistics:
-        batch_mean, batch_var = rule.pooled(mean, var)
+        batch_mean, batch_var = (t[0] for t in pooled(mean, var, 0))
         update_running_statistics(p, batch_mean, unbiased(p, batch_var), running_mean, running_var, counter)
     else:
         assert running_mean is not None and running_var is not None

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from .. import checks, ops
 from ..activations import ActivationLike
+from ..backends.reference.moments import pooled
 from ..problem import BATCH_INSTANCE, CHANNEL, PRE_ACT, STANDARD
 from .base import call
 from .custom import run_rule
-from .tracked import TrackedNormAct, frozen_copy, known_to_be, need_counter, per_channel, pooled, positions, track
+from .tracked import TrackedNormAct, frozen_copy, known_to_be, need_counter, per_channel, positions, track
 
 
 def batch_instance_rule(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..activations import ActivationLike
+from ..backends.reference.moments import pooled
 from ..problem import CHANNEL, PRE_ACT, STANDARD
 from .base import call, own
 from .batch_norm import _BatchNormAct, batch_norm_act
@@ -22,7 +23,6 @@ from .tracked import (
     momentum_factor,
     need_counter,
     per_channel,
-    pooled,
     positions,
     track,
 )

@@ -14,15 +14,6 @@ from ..activations import ActivationLike
 from .base import NormActMixin, take_other_shapes
 
 
-def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over dimension ``dim`` of (N, C) moments of equally many elements, kept as a dimension of size 1.
-
-    The spread of the means is added, not a difference of second moments, which would lose everything at a large mean.
-    """
-    centre = mean.mean(dim, keepdim=True)
-    return centre, var.mean(dim, keepdim=True) + (mean - centre).square().mean(dim, keepdim=True)
-
-
 def positions(x: Tensor) -> int:
     """Number of positions S of x (N, C, *)."""
     count = 1

@@ -31,6 +31,7 @@ from ...problem import (
     format_of,
     layout_of,
 )
+from ..reference.moments import pooled
 
 
 def _widen(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -120,8 +121,8 @@ def batch_instance(
     centre = x.mean(positions, keepdim=True)
     var = (x - centre).square().mean(positions, keepdim=True)
     if given is None:
-        batch_centre = centre.mean(0, keepdim=True)
-        batch_rstd = (var.mean(0, keepdim=True) + (centre - batch_centre).square().mean(0, keepdim=True) + eps).rsqrt()
+        batch_centre, batch_var = pooled(centre, var, 0)
+        batch_rstd = (batch_var + eps).rsqrt()
     else:
         batch_centre, batch_rstd = (_broadcast(t, x) for t in given)
     share = _broadcast(gate, x)

@@ -28,12 +28,6 @@ def statistics(p: Problem, mean: Tensor, var: Tensor, batch_mean: Tensor, batch_
     return torch.cat([batch_mean.view(1, -1), mean]), (torch.cat([batch_var.view(1, -1), var]) + p.eps).rsqrt()
 
 
-def pooled(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """The batch's mean and biased variance from those of every (n, c); no second moments are subtracted."""
-    centre = mean.mean(0)
-    return centre, var.mean(0) + (mean - centre).square().mean(0)
-
-
 def coefficients(
     p: Problem, mean: Tensor, rstd: Tensor, gate: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
