@@ -30,7 +30,7 @@ __all__ = [
 def weight_norm_by_operator(g: Tensor, v: Tensor, dim: int) -> Tensor:
     """The normalised weight of a contiguous v whose rows are counted along its first or last dimension, differentiable twice.
 
-    The gradient of the gradient of ATen's node is wrong in torch 2.10 to 2.13 (it fails gradgradcheck): where a graph of the backward is
+    The gradient of the gradient of ATen's node is wrong (it fails gradgradcheck in torch 2.11 and 2.13): where a graph of the backward is
     built, a hook puts the formulas' gradients in place of the node's. A hook costs a tenth of an autograd Function.
     """
     weight = torch._weight_norm(v, g, dim)
