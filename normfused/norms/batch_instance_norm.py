@@ -9,34 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checks, ops
+from .. import checks, ops, rules
 from ..activations import ActivationLike
-from ..backends.reference.moments import pooled
 from ..problem import BATCH_INSTANCE, CHANNEL, PRE_ACT, STANDARD
 from .base import call
 from .custom import run_rule
 from .tracked import TrackedNormAct, frozen_copy, known_to_be, need_counter, per_channel, positions, track
-
-
-def batch_instance_rule(
-    mean: Tensor,
-    var: Tensor,
-    gate: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    batch_mean: Tensor | None = None,
-    batch_var: Tensor | None = None,
-    *,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """(scale, value at the slice's mean), where the instance's branch is zero; without given statistics those of the batch are taken."""
-    if batch_mean is None or batch_var is None:
-        batch_mean, batch_var = pooled(mean, var, 0)
-    batch, instance = gate * (batch_var + eps).rsqrt(), (1 - gate) * (var + eps).rsqrt()
-    scale, offset = batch + instance, batch * (mean - batch_mean)
-    if weight is not None:
-        scale, offset = scale * weight, offset * weight
-    return scale, offset if bias is None else offset + bias
 
 
 def batch_instance_norm_act(
@@ -91,7 +69,6 @@ def batch_instance_norm_act(
     per_channel(op, x, gate=gate, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     checks.more_than_one_position(op, x)
     checks.statistics(op, running_mean, running_var, needed="" if training else "when training=False")
-    statistics: dict[str, Tensor | None] = {"batch_mean": None, "batch_var": None}
     if training:
         if running_mean is not None:
             need_counter(op, momentum, num_batches_tracked)
@@ -103,7 +80,6 @@ def batch_instance_norm_act(
                 running_mean=frozen_copy(running_mean, x), running_var=frozen_copy(running_var, x), batch_statistics=False,
             )  # fmt: skip
             return y
-        statistics = {"batch_mean": frozen_copy(running_mean, x), "batch_var": frozen_copy(running_var, x)}
     if ops.has_kernels(x, backend, CHANNEL, BATCH_INSTANCE):
         y = call(
             op, x, weight, bias, CHANNEL, BATCH_INSTANCE, 1, eps, act, act_param, residual, residual_mode, backend, rule_weight=gate,
@@ -111,14 +87,17 @@ def batch_instance_norm_act(
             batch_statistics=training, momentum=momentum,
         )  # fmt: skip
         return y
-    parameters = {"gate": gate, "weight": weight, "bias": bias, **statistics}
-    rule = partial(batch_instance_rule, eps=eps)
+    parameters = {"gate": gate, "weight": weight, "bias": bias, "batch_mean": None, "batch_rstd": None}
+    if not training:
+        assert running_mean is not None and running_var is not None
+        parameters |= {"batch_mean": frozen_copy(running_mean, x), "batch_rstd": (frozen_copy(running_var, x) + eps).rsqrt()}
+    rule = partial(rules.batch_instance, eps=eps)
     y, mean, var = run_rule(op, x, rule, parameters, act, act_param, residual, residual_mode, backend, centred=True)
     if training:
         batch_mean = batch_var = None
         if mean is not None and var is not None:
             count = x.shape[0] * positions(x)
-            batch_mean, batch_var = pooled(mean, var, 0)
+            batch_mean, batch_var = rules.pooled(mean, var, 0)
             batch_var = batch_var * (count / (count - 1))
         track(momentum, num_batches_tracked, (running_mean, batch_mean), (running_var, batch_var))
     return y

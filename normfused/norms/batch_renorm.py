@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .. import checks, ops
 from ..activations import ActivationLike
-from ..backends.reference.moments import pooled
 from ..problem import CHANNEL, PRE_ACT, RENORM, STANDARD, accumulation_dtype
+from ..rules import pooled
 from .base import call
 from .custom import run_rule
 from .tracked import TrackedNormAct, batch_norm_options, copy_parameters, frozen_copy, need_counter, per_channel, track

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..activations import ActivationLike
-from ..backends.reference.moments import pooled
 from ..problem import CHANNEL, PRE_ACT, STANDARD
+from ..rules import pooled
 from .base import call, own
 from .batch_norm import _BatchNormAct, batch_norm_act
 from .custom import run_rule

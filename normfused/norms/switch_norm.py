@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..activations import ActivationLike
-from ..backends.reference.moments import pooled
 from ..problem import PRE_ACT
+from ..rules import pooled
 from .custom import run_rule
 from .tracked import TrackedNormAct, frozen_copy, momentum_factor, need_counter, per_channel, positions, track
 

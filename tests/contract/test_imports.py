@@ -13,14 +13,15 @@ import normfused
 ROOT = Path(normfused.__file__).parent
 # what each part may import from the package; a part not named here is the public surface and may import anything
 ALLOWED = {
-    "norms": {"activations", "checks", "dispatch", "distributed", "norms", "ops", "problem", "rebuild"},
+    "norms": {"activations", "checks", "dispatch", "distributed", "norms", "ops", "problem", "rebuild", "rules"},
     "rebuild": {"activations", "backends", "dispatch", "ops", "problem"},
     "distributed": {"activations", "backends", "dispatch", "ops", "problem", "rebuild"},
     "ops": {"activations", "backends", "compiling", "dispatch", "problem"},
     "dispatch": {"backends"},
-    "backends": {"_build", "activations", "backends", "compiling", "problem"},
+    "backends": {"_build", "activations", "backends", "compiling", "problem", "rules"},
     "_build": set(),
     "problem": {"activations"},
+    "rules": set(),
     "checks": set(),
     "compiling": set(),
     "activations": set(),

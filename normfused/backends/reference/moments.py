@@ -32,15 +32,6 @@ def moments(p: Problem, x: Tensor) -> tuple[Tensor, Tensor]:
     return first + offset, set_mean(p, centred * centred)
 
 
-def pooled(mean: Tensor, var: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over dimension ``dim`` of (N, C) moments of equally many elements, kept as a dimension of size 1.
-
-    The spread of the means is added, not a difference of second moments, which would lose everything at a large mean.
-    """
-    centre = mean.mean(dim, keepdim=True)
-    return centre, var.mean(dim, keepdim=True) + (mean - centre).square().mean(dim, keepdim=True)
-
-
 def update_running(running: Tensor | None, value: Tensor, factor: float | Tensor) -> None:
     """running <- (1 - factor)*running + factor*value, computed in value's type and rounded once."""
     if running is not None and running.numel():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import compiling
+from ... import compiling, rules
 from ...activations import Activation, activate
 from ...problem import (
     CHANNEL,
@@ -31,7 +31,6 @@ from ...problem import (
     format_of,
     layout_of,
 )
-from ..reference.moments import pooled
 
 
 def _widen(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -120,15 +119,8 @@ def batch_instance(
     positions = list(range(2, x.dim()))
     centre = x.mean(positions, keepdim=True)
     var = (x - centre).square().mean(positions, keepdim=True)
-    if given is None:
-        batch_centre, batch_var = pooled(centre, var, 0)
-        batch_rstd = (batch_var + eps).rsqrt()
-    else:
-        batch_centre, batch_rstd = (_broadcast(t, x) for t in given)
-    share = _broadcast(gate, x)
-    batch = share * batch_rstd
-    z = (x - centre) * (batch + (1 - share) * (var + eps).rsqrt()) + batch * (centre - batch_centre)
-    return affine(z, weight, bias)
+    scale, offset = rules.batch_instance(centre.flatten(1), var.flatten(1), gate, weight, bias, *(given or ()), eps=eps)
+    return torch.addcmul(offset.view_as(centre), x - centre, scale.view_as(centre))
 
 
 def mean_only(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
