@@ -110,10 +110,11 @@ ratios: env ## time against the torch.nn chain, interleaved, on this CPU
 	$(call install,bench)
 	$(PY) -m bench.cpu_ratio
 
-resources: env triton ## registers, spills and machine code of every Triton and CUDA kernel (nvcc), no GPU needed
+resources: env triton ## registers, spills, machine code and hot loops of Triton and CUDA kernels (nvcc), no GPU needed
 	$(call install,test)
 	NORMFUSED_WRITE_RESOURCES=1 $(PY) -m pytest tests/triton/test_compile.py
 	$(PY) -m bench.cuda_resources
+	$(PY) -m bench.hot_loops
 
 # With the Python that is there: such a machine may have no network. The results' folder is $$OUT, else bench/results/<its GPU>
 gpu: ## build, tests, sanitizer, benchmarks and ncu on this machine's GPU (STAGES="build test"; DRY=1 shows the commands)

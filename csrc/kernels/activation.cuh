@@ -6,26 +6,29 @@
 // Two-slope activations (problem.h) have the derivative ``high`` where bit(z), else ``low``; the bit is what a mask keeps.
 #pragma once
 
+#include "call.h"
 #include "pack.cuh"
 
 namespace normfused {
 
 constexpr int any_act = -1;  // else the number of an Act
 
-// Lanes that are worked on together: of 2-byte types a part of a vector, for the sake of registers
-template <class T, int kAct> constexpr int part_size = sizeof(T) > 2 ? vector_size<T> : kAct == any_act ? 2 : 4;
+// Lanes that are worked on together: all of a vector where there are registers for it. Of halves the compiler would widen all at once;
+// where activations share an instantiation, the largest of them decides.
+template <class T, int kAct> constexpr int part_size = sizeof(T) > 2                    ? vector_size<T>
+                                                       : kAct == any_act                ? 2
+                                                       : std::is_same<T, __half>::value ? 4
+                                                                                        : 8;
 
-template <class A> NF_DEVICE A sigmoid(A z) {  // of -|z|, so that exp cannot overflow and neither tail cancels
-    const A e = exp_(-abs_(z));
-    return divide_fast(z < A(0) ? e : A(1), A(1) + e);
-}
+// Neither tail cancels; where exp(-z) overflows, 1/inf is right
+template <class A> NF_DEVICE A sigmoid(A z) { return reciprocal_fast_(A(1) + exp_of_minus_(z)); }
 
-// and rest = sigmoid(-z), from the same exponential
+// and rest = sigmoid(-z), from the same exponential, which must not overflow for it: z from -80 (-700) on
 template <class A> NF_DEVICE A sigmoid(A z, A& rest) {
-    const A e = exp_(-abs_(z));
-    const A large = divide_fast(A(1), A(1) + e), small = e * large;
-    rest = z < A(0) ? large : small;
-    return z < A(0) ? small : large;
+    const A e = exp_of_minus_(max_nan_(z, sizeof(A) == 4 ? A(-80) : A(-700)));
+    const A s = reciprocal_fast_(A(1) + e);
+    rest = e * s;
+    return s;
 }
 
 // z = 20 and more: tanh(softplus(z)) rounds to 1. n = e^z (e^z + 2);  tanh = n/(n+2);  1 - tanh^2 = 4 (n+1)/(n+2)^2
@@ -41,10 +44,14 @@ template <int kAct, class A, int V> struct Activation {  // V lanes
     Act act;
     A p0, p1;
 
-    NF_DEVICE Activation(const Problem& p)
-        : act(kAct == any_act ? Act(opaque(int(p.act))) : Act(kAct)), p0(p.act == Act::relu ? A(0) : A(p.p0)), p1(A(p.p1)) {}
+    NF_DEVICE Activation(const Call& call)
+        : act(kAct == any_act ? Act(opaque(int(call.problem.act))) : Act(kAct)),
+          p0(sizeof(A) == 4 ? A(call.p0) : A(call.problem.p0)),
+          p1(sizeof(A) == 4 ? A(call.p1) : A(call.problem.p1)) {}
 
     NF_DEVICE Act which() const { return kAct == any_act ? act : Act(kAct); }
+    // Whether relu or leaky_relu is zero below zero, where an infinite v times a slope of 0 would be NaN
+    NF_DEVICE bool flat() const { return p0 == A(0); }
     NF_DEVICE A high() const { return which() == Act::hardsigmoid ? A(1) / A(6) : A(1); }
     NF_DEVICE A low() const { return which() == Act::relu || which() == Act::leaky_relu ? p0 : A(0); }
 
@@ -75,7 +82,9 @@ template <int kAct, class A, int V> struct Activation {  // V lanes
         switch (which()) {
             case Act::identity: return;
             case Act::relu:
-            case Act::leaky_relu: return each(z, weight, [=](A v, A) { return v < A(0) ? (a == A(0) ? A(0) : v * a) : v; });
+            case Act::leaky_relu:
+                if (flat()) return each(z, weight, [](A v, A) { return max_nan_(v, A(0)); });
+                return each(z, weight, [=](A v, A) { return v < A(0) ? v * a : v; });
             case Act::relu6: return each(z, weight, [](A v, A) { return v < A(0) ? A(0) : v > A(6) ? A(6) : v; });
             case Act::prelu: return each(z, weight, [](A v, A w) { return v > A(0) ? v : v * w; });
             case Act::elu: return each(z, weight, [=](A v, A) { return v > A(0) ? v : a * expm1_(v); });
@@ -155,18 +164,26 @@ template <int kAct, class A, int V> struct Activation {  // V lanes
                     return t + v * rest * sigmoid(v);
                 });
             case Act::softplus: return each(dz, z, weight, [=](A v, A) { return v * a > b ? A(1) : sigmoid(v * a); });
-            default: return from_bits(dz, bits(z, weight), dweight);
+            default: return two_slopes(dz, dweight, [&](int j) { return bit(z[j], weight[W == 1 ? 0 : j]); });
         }
     }
 
     // The same from the bits of a two-slope activation
     NF_DEVICE void from_bits(A (&dz)[V], unsigned bits, A (&dweight)[V]) const {
+        two_slopes(dz, dweight, [=](int j) { return bool(bits >> j & 1); });
+    }
+    template <class Bit> NF_DEVICE void two_slopes(A (&dz)[V], A (&dweight)[V], const Bit& bit_of) const {
         const A up = high(), down = low();
-        NF_UNROLL
-        for (int j = 0; j < V; ++j) {
-            const bool set = bits >> j & 1;
-            dweight[j] = set ? A(0) : dz[j];  // tlu's; nobody else asks
-            dz[j] = set ? dz[j] * up : down == A(0) ? A(0) : dz[j] * down;  // an infinite dy stays out of a flat branch
+        if (kAct == any_act) {
+            NF_UNROLL
+            for (int j = 0; j < V; ++j) dweight[j] = bit_of(j) ? A(0) : dz[j];  // tlu's; nobody else asks
+        }
+        if (opaque(int(down == A(0)))) {  // an infinite dy stays out of a flat branch
+            NF_UNROLL
+            for (int j = 0; j < V; ++j) dz[j] = bit_of(j) ? dz[j] * up : A(0);
+        } else {
+            NF_UNROLL
+            for (int j = 0; j < V; ++j) dz[j] *= bit_of(j) ? up : down;
         }
     }
 };

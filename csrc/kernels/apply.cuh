@@ -29,7 +29,7 @@ template <class T, bool kWide, bool kRows> struct Coefficients {
     A mean[kSets], rstd[kSets];  // joined: weight*rstd once the channel is known
     A weight[kJoined ? 1 : kChannels] = {}, shift[kChannels] = {}, act_weight[kChannels] = {};
     A set_rstd = A(0);  // joined, along rows: the channel changes under the set
-    int at = -1;        // the channel that the parameters are of: that of the row, or of lane 0
+    int at = -1;        // what the parameters are of: the row, where channels run along rows, or the channel of lane 0
 
     NF_DEVICE A scale(int j) const { return kJoined ? rstd[kWide ? 0 : j] : rstd[kWide ? 0 : j] * weight[kRows ? 0 : j]; }
     NF_DEVICE A centred(A x, int j) const { return x - mean[kWide ? 0 : j]; }
@@ -57,13 +57,15 @@ template <class T, bool kWide, bool kRows> struct Coefficients {
     }
 
     // Parameters of the channels of this vector, if it is not of the same as the one before
-    template <bool kWideSlab> NF_DEVICE void turn_to(const Call& call, const Slab<T, kWideSlab>& slab, const Spot& spot) {
+    template <bool kWideSlab, bool kRegular>
+    NF_DEVICE void turn_to(const Call& call, const Slab<T, kWideSlab>& slab, const Spot<kRegular>& spot) {
         if constexpr (kWide || kRows) {
-            const int key = kRows ? int(slab.row_channel(call.walk, spot.row)) : slab.column0 + spot.column;
-            if (key == at || spot.empty()) return;
+            int key = kRows ? spot.row & call.walk.row_key : slab.column0 + spot.column;
+            if (key == at) return;
             at = key;
             const Arguments& t = call.tensors;
             if constexpr (kRows) {
+                key = int(slab.row_channel(call.walk, spot.row));
                 act_weight[0] = load_parameter(t.act_weight, key, A(0));
                 if (opaque(t.scale != nullptr)) return;
                 weight[0] = load_parameter(t.weight, key, A(1));
@@ -179,16 +181,30 @@ template <class T, bool kWide> struct StepEpilogue {
     NF_DEVICE A join(A z, A residual) const { return fma_(residual_scale, residual, z); }
 };
 
-template <class T, bool kWide, bool kRows, int kAct, class Epilogue>
-NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const typename Slab<T, kWide>::Cursor& cursor, const Spot& spot,
-                            Coefficients<T, kWide, kRows>& c, const Epilogue& epilogue, const Vector<T>& x, const Vector<T>& residual) {
+// What is asked for, in one register: each question is asked for every vector
+struct Outputs {
+    int bits;
+    NF_DEVICE explicit Outputs(const Call& call)
+        : bits(opaque(int(call.problem.residual_mode) | (call.tensors.mask ? 8 : 0) | (call.tensors.y ? 16 : 0) |
+                      (call.tensors.shifted ? 32 : 0) | (call.streams ? 64 : 0))) {}
+    NF_DEVICE ResidualMode residual_mode() const { return ResidualMode(bits & 7); }
+    NF_DEVICE bool adds() const { return residual_mode() == ResidualMode::pre_act || residual_mode() == ResidualMode::post_act; }
+    NF_DEVICE bool mask() const { return bits & 8; }
+    NF_DEVICE bool y() const { return bits & 16; }
+    NF_DEVICE bool shifted() const { return bits & 32; }
+    NF_DEVICE Cache cache() const { return bits & 64 ? Cache::evict_first : Cache::normal; }
+};
+
+template <class T, bool kWide, bool kRows, int kAct, class Epilogue, bool kRegular>
+NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const typename Slab<T, kWide>::Cursor& cursor,
+                            const Spot<kRegular>& spot, Coefficients<T, kWide, kRows>& c, const Epilogue& epilogue, const Outputs& how,
+                            const Vector<T>& x, const Vector<T>& residual) {
     using A = AccumulatorOf<T>;
     constexpr int V = vector_size<T>, P = part_size<T, kAct>;
     const Arguments& t = call.tensors;
-    const Activation<kAct, A, P> act(call.problem);
-    const ResidualMode mode = ResidualMode(opaque(int(call.problem.residual_mode)));
+    const Activation<kAct, A, P> act(call);
     if (spot.empty()) {  // a ragged row may touch fewer vectors than its neighbours; no byte of the mask stays unwritten
-        if (t.mask && slab.has(cursor)) Global<uint8_t>(t.mask).store(slab.mask_at(call.walk, cursor), uint8_t(0));
+        if (!kRegular && how.mask() && slab.has(cursor)) Global<uint8_t>(t.mask).store(slab.mask_at(call.walk, cursor), uint8_t(0));
         return;
     }
     c.turn_to(call, slab, spot);
@@ -199,32 +215,33 @@ NF_DEVICE void apply_vector(const Call& call, const Slab<T, kWide>& slab, const 
         A z[P], weight[kRows ? 1 : P];
         c.act_weights(part, weight);
         NF_UNROLL
-        for (int j = 0; j < P; ++j)
-            z[j] = fma_(c.scale(part + j), c.centred(widen(x.data[part + j]), part + j), c.shift[kRows ? 0 : part + j]);
-        if (mode == ResidualMode::pre_act) {
+        for (int j = 0; j < P; ++j) z[j] = fma_(c.scale(part + j), c.centred(x.get(part + j), part + j), c.shift[kRows ? 0 : part + j]);
+        if (how.residual_mode() == ResidualMode::pre_act) {
             NF_UNROLL
-            for (int j = 0; j < P; ++j) z[j] = epilogue.join(z[j], widen(residual.data[part + j]));
-            if (t.mask) bits |= act.bits(z, weight) << part;
+            for (int j = 0; j < P; ++j) z[j] = epilogue.join(z[j], residual.get(part + j));
+            if (how.mask()) {
+                bits |= act.bits(z, weight) << part;
+                if (part + P == V) Global<uint8_t>(t.mask).store(slab.mask_at(call.walk, cursor), uint8_t(bits));
+            }
         }
         act.forward(z, weight);
-        if (mode == ResidualMode::post_act) {
+        if (how.residual_mode() == ResidualMode::post_act) {
             NF_UNROLL
-            for (int j = 0; j < P; ++j) z[j] += widen(residual.data[part + j]);
+            for (int j = 0; j < P; ++j) z[j] += residual.get(part + j);
         }
-        pack_part<T>(z, part, y);
+        y.set(part, z);
         if constexpr (Epilogue::shifts) {
-            if (!t.shifted) continue;
+            if (!how.shifted()) continue;
             NF_UNROLL
             for (int j = 0; j < P; ++j) z[j] += epilogue.shift_after[kWide ? 0 : part + j];
-            pack_part<T>(z, part, shifted);
+            shifted.set(part, z);
         }
     }
-    if (t.mask) Global<uint8_t>(t.mask).store(slab.mask_at(call.walk, cursor), uint8_t(bits));
     if constexpr (Epilogue::shifts) {
-        if (t.shifted) slab.store(t.shifted, spot, shifted);
-        if (!t.y) return;
+        if (how.shifted()) slab.store(t.shifted, spot, shifted);
+        if (!how.y()) return;
     }
-    slab.store(t.y, spot, y, call.streams ? Cache::evict_first : Cache::normal);
+    slab.store(t.y, spot, y, how.cache());
 }
 
 // The second pass over a slab, backwards. ``held``: the first pass was in this kernel and left the last batch in registers.
@@ -232,32 +249,23 @@ template <class T, bool kWide, bool kRows, int kAct, int K, class Epilogue>
 NF_DEVICE void apply_slab(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, bool held, Vector<T> (&batch)[K],
                           Coefficients<T, kWide, kRows>& c, const Epilogue& epilogue) {
     const Arguments& t = call.tensors;
-    const ResidualMode mode = call.problem.residual_mode;
-    const bool adds = mode == ResidualMode::pre_act || mode == ResidualMode::post_act;
-    const void* source = mode == ResidualMode::pre_norm ? t.h : t.x;
+    const Outputs how(call);
+    const bool of_h = call.problem.residual_mode == ResidualMode::pre_norm;
+    const void* source = of_h ? t.h : t.x;
     auto cursor = slab.after((landing.last + 1) * K);
-    typename Slab<T, kWide>::Cursor cursors[K] = {};
-    Spot spots[K] = {};
-    const auto apply = [&](int b) {
-        recall(slab, landing, held, b, spots, source, kWide != kRows && mode == ResidualMode::pre_norm, batch);
-        Vector<T> residual[K] = {};
-        if (adds) {
-            NF_UNROLL
-            for (int k = 0; k < K; ++k) residual[k] = slab.load(t.residual, spots[k]);
-        }
-        NF_UNROLL
-        for (int k = K - 1; k >= 0; --k)
-            apply_vector<T, kWide, kRows, kAct>(call, slab, cursors[k], spots[k], c, epilogue, batch[k], residual[k]);
-    };
     NF_NO_UNROLL
     for (int b = landing.last; b >= 0; --b) {
-        if (kWide == kRows && slab.template plain_before<K>(cursor)) {
-            slab.template previous<true>(cursor, cursors, spots);
-            apply(b);
-        } else {
-            slab.previous(cursor, cursors, spots);
-            apply(b);
-        }
+        slab.template previous<K, true>(cursor, [&](const auto& cursors, const auto& spots) {
+            recall(slab, landing, held, b, spots, source, kWide != kRows && of_h, batch);
+            Vector<T> residual[K];
+            if (how.adds()) {
+                NF_UNROLL
+                for (int k = 0; k < K; ++k) residual[k] = slab.load(t.residual, spots[k]);
+            }
+            NF_UNROLL
+            for (int k = K - 1; k >= 0; --k)
+                apply_vector<T, kWide, kRows, kAct>(call, slab, cursors[k], spots[k], c, epilogue, how, batch[k], residual[k]);
+        });
     }
 }
 

@@ -25,6 +25,7 @@ enum class Owner : int { block, cluster, group };
 struct Call {
     Problem problem;
     Walk walk;
+    float p0, p1;         // the problem's: converted on the device, they would be again for every vector
     Arguments tensors;
     Needs needs;
     int64_t count;        // elements of a set

@@ -179,7 +179,7 @@ inline void forget_all() {}
 
 #endif
 
-// ------------------------------------------------------------------------------------------------------------------ who am I, values
+// ----------------------------------------------------------------------------------------------------------------------- who am I
 
 NF_DEVICE unsigned thread_index() { NF_ON_DEVICE(return threadIdx.x;) NF_EMULATED(return simt::current->index;) }
 NF_DEVICE unsigned block_threads() { NF_ON_DEVICE(return blockDim.x;) NF_EMULATED(return simt::grid.threads;) }
@@ -431,6 +431,7 @@ template <class T> class Global {
     const void* origin_ = nullptr;  // tells the tensor, so that an index beyond it is not taken for its neighbour's
 #endif
     template <class> friend class Global;
+    template <class U> friend NF_DEVICE Global<U> pinned(Global<U> view);
     friend struct Machine;
 };
 
@@ -494,6 +495,7 @@ template <class T> class Shared {
     T* at_ = nullptr;
     int count_ = 0;
     template <class U> friend NF_DEVICE Shared<U> shared_at(unsigned byte_offset, int count, Site site);
+    template <class U> friend NF_DEVICE Shared<U> pinned(Shared<U> view);
     friend struct Machine;
 };
 
@@ -503,6 +505,20 @@ template <class T> NF_DEVICE Shared<T> shared_at(unsigned byte_offset, int count
     NF_ON_DEVICE(view.at_ = reinterpret_cast<T*>(nf_dynamic_shared_memory + byte_offset);)
     NF_EMULATED(view.at_ = static_cast<T*>(simt::shared_at(byte_offset, int64_t(count) * sizeof(T), alignof(T), site));)
     view.count_ = count;
+    return view;
+}
+
+// The same view, whose address is kept: else the compiler finds the block's shared memory anew (three instructions) for every access
+template <class T> NF_DEVICE Shared<T> pinned(Shared<T> view) {
+#ifndef NF_EMULATION
+    asm volatile("" : "+l"(view.at_));
+    __builtin_assume(__isShared(view.at_));
+#endif
+    return view;
+}
+
+template <class T> NF_DEVICE Global<T> pinned(Global<T> view) {
+    NF_ON_DEVICE(asm volatile("" : "+l"(view.at_));)
     return view;
 }
 
@@ -742,15 +758,20 @@ NF_DEVICE void fence_bulk() {
 #endif
 }
 
-// --------------------------------------------------------------------------------------------------------------------------- maths
+// -------------------------------------------------------------------------------------------------------------------------- values
 
-// The float overloads of exp_ and divide_fast are fast: exp_ is off by at most 2 + |1.17 x| units in the last place (0 and inf beyond the
-// range), divide_fast by 2 (and 0 where |b| > 2^126). The others are as good as the CUDA maths library: 0 to 2 units, 1 for tanh_ and erf_.
 // The same number, of which the compiler knows nothing: a switch on it is not drawn out of the loop around it, which would copy the loop
 // once per case. No instruction.
 NF_DEVICE int opaque(int value) {
     NF_ON_DEVICE(asm volatile("" : "+r"(value));)
     return value;
+}
+// The same bits as another type
+template <class To, class From> NF_DEVICE To same_bits(const From& from) {
+    static_assert(sizeof(To) == sizeof(From), "as many bits");
+    To to;
+    memcpy(static_cast<void*>(&to), &from, sizeof(To));
+    return to;
 }
 // A pack as the words that a load of it gives, and back. Where one of two branches loads 16 bytes, numbers of 16 bits would be taken out of
 // the words inside the branch, which waits for the load: a thread would never have two under way. So both give words, opaque ones
@@ -769,6 +790,27 @@ template <int W> NF_DEVICE Pack<uint32_t, W> opaque(Pack<uint32_t, W> words) {
     NF_ON_DEVICE(NF_UNROLL for (int k = 0; k < W; ++k) asm volatile("" : "+r"(words.data[k]));)
     return words;
 }
+
+// Of an index in two parts, the low of which has stepped to ``limit`` or beyond, or below zero: three instructions, where the compiler,
+// which selects the numbers to add, takes five
+NF_DEVICE void carry(int& low, int limit, int& high, int step) {
+    NF_EMULATED(if (low >= limit) low -= limit, high += step;)
+    NF_ON_DEVICE(
+        asm("{\n\t.reg .pred due;\n\tsetp.ge.s32 due, %0, %2;\n\t@due sub.s32 %0, %0, %2;\n\t@due add.s32 %1, %1, %3;\n\t}" : "+r"(low),
+            "+r"(high) : "r"(limit), "r"(step));)
+}
+NF_DEVICE void borrow(int& low, int limit, int& high, int step) {
+    NF_EMULATED(if (low < 0) low += limit, high -= step;)
+    NF_ON_DEVICE(
+        asm("{\n\t.reg .pred due;\n\tsetp.lt.s32 due, %0, 0;\n\t@due add.s32 %0, %0, %2;\n\t@due sub.s32 %1, %1, %3;\n\t}" : "+r"(low),
+            "+r"(high) : "r"(limit), "r"(step));)
+}
+
+// --------------------------------------------------------------------------------------------------------------------------- maths
+
+// The float overloads of exp_, exp_of_minus_ and reciprocal_fast_ are fast: exponentials are off by at most 2 + |1.17 x| units in the last
+// place (0 and inf beyond the range), the reciprocal by 1. The others are as good as the CUDA maths library: 0 to 2 units, 1 for tanh_ and
+// erf_.
 
 // min_ and max_ drop a NaN: only both NaN give NaN.
 NF_HOST_DEVICE float fma_(float a, float b, float c) { return ::fmaf(a, b, c); }
@@ -798,8 +840,35 @@ NF_HOST_DEVICE float min_(float a, float b) { return ::fminf(a, b); }
 NF_HOST_DEVICE double min_(double a, double b) { return ::fmin(a, b); }
 NF_HOST_DEVICE float max_(float a, float b) { return ::fmaxf(a, b); }
 NF_HOST_DEVICE double max_(double a, double b) { return ::fmax(a, b); }
-NF_DEVICE float divide_fast(float a, float b) { NF_ON_DEVICE(return __fdividef(a, b);) NF_EMULATED(return a / b;) }
-NF_DEVICE double divide_fast(double a, double b) { return a / b; }
+// max_ that keeps a NaN
+NF_DEVICE float max_nan_(float a, float b) {
+    NF_EMULATED(return a > b || a != a ? a : b;)
+#ifndef NF_EMULATION
+    float c;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+#endif
+}
+NF_DEVICE double max_nan_(double a, double b) { return a > b || a != a ? a : b; }
+// exp(-x), where denormal results are zero, and 1/x, where those of |x| > 2^126 are: two instructions and one
+NF_DEVICE float exp_of_minus_(float x) {
+    NF_EMULATED(return ::exp2f(x * -1.4426950408889634f);)
+#ifndef NF_EMULATION
+    float e;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
+    return e;
+#endif
+}
+NF_DEVICE double exp_of_minus_(double x) { return ::exp(-x); }
+NF_DEVICE float reciprocal_fast_(float x) {
+    NF_EMULATED(return 1.0f / x;)
+#ifndef NF_EMULATION
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+#endif
+}
+NF_DEVICE double reciprocal_fast_(double x) { return 1.0 / x; }
 NF_HOST_DEVICE float reciprocal_(float x) { return 1.0f / x; }
 NF_HOST_DEVICE double reciprocal_(double x) { return 1.0 / x; }
 

@@ -123,9 +123,24 @@ NF_DEVICE void finish_gradients(const Call& call, const Slab<T, kWide>& slab, Su
     }
 }
 
-template <class T, bool kWide, bool kRows, int kAct, class Batch>
-NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, const Spot& spot, Coefficients<T, kWide, kRows>& c,
-                                 const GradientCoefficients<T, kWide>& g, const Batch& batch, int k, const Vector<T>& dh) {
+// What is asked for, in one register: each question is asked for every vector
+struct GradientOutputs {
+    int bits;
+    NF_DEVICE explicit GradientOutputs(const Call& call)
+        : bits(opaque((call.tensors.dx ? 1 : 0) | (call.tensors.dresidual ? 2 : 0) | (call.tensors.dh ? 4 : 0) |
+                      (call.tensors.dz_scale ? 8 : 0) | (call.scales_by_q ? 16 : 0) | (call.streams ? 32 : 0))) {}
+    NF_DEVICE bool dx() const { return bits & 1; }
+    NF_DEVICE bool dresidual() const { return bits & 2; }
+    NF_DEVICE bool dh() const { return bits & 4; }
+    NF_DEVICE bool dz_scale() const { return bits & 8; }
+    NF_DEVICE bool scales_by_q() const { return bits & 16; }
+    NF_DEVICE bool streams() const { return bits & 32; }
+};
+
+template <class T, bool kWide, bool kRows, int kAct, class Batch, bool kRegular>
+NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, const Spot<kRegular>& spot, Coefficients<T, kWide, kRows>& c,
+                                 const GradientCoefficients<T, kWide>& g, const GradientOutputs& how, const Batch& batch, int k,
+                                 const Vector<T>& dh) {
     using A = AccumulatorOf<T>;
     constexpr int V = vector_size<T>, P = part_size<T, kAct>;
     const Arguments& t = call.tensors;
@@ -140,16 +155,16 @@ NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, c
             A of_residual[P];
             NF_UNROLL
             for (int j = 0; j < P; ++j) of_residual[j] = batch.residual_scale * lanes.dz[j];
-            pack_part<T>(of_residual, part, dresidual);
-        } else {
-            pack_part<T>(lanes.dz, part, dresidual);
+            dresidual.set(part, of_residual);
+        } else if (how.dresidual()) {
+            dresidual.set(part, lanes.dz);
         }
         const auto q = [&](int j) { return g.q[kWide ? 0 : part + j]; };
         const auto r = [&](int j) { return g.r[kWide ? 0 : part + j]; };
-        if (call.scales_by_q) {
+        if (how.scales_by_q()) {
             NF_UNROLL
             for (int j = 0; j < P; ++j) lanes.dz[j] *= c.scale(part + j) * q(j);
-        } else if (t.dz_scale) {  // per (n, c), from cache: only rules written in PyTorch have one that is not ``scale``
+        } else if (how.dz_scale()) {  // per (n, c), from cache: only rules written in PyTorch have one that is not ``scale``
             const Global<A> scales(const_cast<void*>(t.dz_scale));
             NF_UNROLL
             for (int j = 0; j < P; ++j) {
@@ -162,13 +177,13 @@ NF_DEVICE void grad_apply_vector(const Call& call, const Slab<T, kWide>& slab, c
         }
         if constexpr (kWide != kRows) {  // position sets: h = x + residual had a gradient of its own
             NF_UNROLL
-            for (int j = 0; j < P; ++j) lanes.dz[j] += widen(dh.data[part + j]);
+            for (int j = 0; j < P; ++j) lanes.dz[j] += how.dh() ? dh.get(part + j) : A(0);
         }
-        pack_part<T>(lanes.dz, part, dx);
+        dx.set(part, lanes.dz);
     }
-    const Cache cache = call.streams ? Cache::evict_first : Cache::normal;
-    if (t.dresidual) slab.store(t.dresidual, spot, dresidual, cache);
-    if (t.dx) slab.store(t.dx, spot, dx, cache);
+    const Cache cache = how.streams() ? Cache::evict_first : Cache::normal;
+    if (how.dresidual()) slab.store(t.dresidual, spot, dresidual, cache);
+    if (how.dx()) slab.store(t.dx, spot, dx, cache);
 }
 
 // The second pass of a backward over a slab, backwards
@@ -177,32 +192,24 @@ NF_DEVICE void grad_apply_slab(const Call& call, const Slab<T, kWide>& slab, con
                                Coefficients<T, kWide, kRows>& c, const GradientCoefficients<T, kWide>& g) {
     const Arguments& t = call.tensors;
     if (!t.dx && !t.dresidual) return;
-    const GradientStash<T, K> stash(call, landing);
+    const GradientStash<T, K> stash(batch.source, landing);
+    const GradientOutputs how(call);
     auto cursor = slab.after((landing.last + 1) * K);
-    typename Slab<T, kWide>::Cursor cursors[K] = {};
-    Spot spots[K] = {};
-    const auto apply = [&](int b) {
-        if (!held || b < landing.last) {
-            if (held && landing.stays(b)) stash.recall(b, batch);
-            else load_gradients<kAct>(call, slab, cursors, spots, batch);
-        }
-        Vector<T> dh[K] = {};
-        if (kWide != kRows && t.dh) {
-            NF_UNROLL
-            for (int k = 0; k < K; ++k) dh[k] = slab.load(t.dh, spots[k]);
-        }
-        NF_UNROLL
-        for (int k = K - 1; k >= 0; --k) grad_apply_vector<T, kWide, kRows, kAct>(call, slab, spots[k], c, g, batch, k, dh[k]);
-    };
     NF_NO_UNROLL
     for (int b = landing.last; b >= 0; --b) {
-        if (!kWide && !kRows && slab.template plain_before<K>(cursor)) {  // wide sets have no register to spare for it
-            slab.template previous<true>(cursor, cursors, spots);
-            apply(b);
-        } else {
-            slab.previous(cursor, cursors, spots);
-            apply(b);
-        }
+        slab.template previous<K, kWide && kAct != any_act>(cursor, [&](const auto& cursors, const auto& spots) {
+            if (!held || b < landing.last) {
+                if (held && landing.stays(b)) stash.recall(b, spots, batch.source == z_of_mask, batch);
+                else load_gradients<kAct>(call, slab, cursors, spots, batch);
+            }
+            Vector<T> dh[K];
+            if (kWide != kRows && how.dh()) {
+                NF_UNROLL
+                for (int k = 0; k < K; ++k) dh[k] = slab.load(t.dh, spots[k]);
+            }
+            NF_UNROLL
+            for (int k = K - 1; k >= 0; --k) grad_apply_vector<T, kWide, kRows, kAct>(call, slab, spots[k], c, g, how, batch, k, dh[k]);
+        });
     }
 }
 

@@ -19,10 +19,20 @@ enum : int { sum_dz = 0, sum_dz_xc = 1, sum_act = 2 };
 // Activations with a parameter of their own are among those that share an instantiation
 template <int kAct> constexpr int gradient_sums = kAct == any_act ? 3 : 2;
 
+// What z comes from, beside x
+enum : int { z_of_x = 0, z_of_residual = 1, z_of_mask = 2 };
+
 template <class T, int K> struct GradientBatch {
     static constexpr bool of_step = false;
+    int source;
     Vector<T> x[K], dy[K], residual[K];
     uint8_t bits[K];
+
+    NF_DEVICE explicit GradientBatch(int source_) : source(source_) {}
+    NF_DEVICE explicit GradientBatch(const Call& call)
+        : source(opaque(call.tensors.mask       ? z_of_mask
+                        : call.tensors.residual ? z_of_residual
+                                                : z_of_x)) {}
 };
 
 // In the kernels of the steps: the output y + shift_after had a gradient too, and the residual has a factor (StepEpilogue)
@@ -31,7 +41,8 @@ template <class T, int K> struct StepBatch : GradientBatch<T, K> {
     Vector<T> dshifted[K];
     AccumulatorOf<T> residual_scale;
 
-    NF_DEVICE explicit StepBatch(const Call& call) : residual_scale(load_residual_scale<AccumulatorOf<T>>(call)) {}
+    NF_DEVICE explicit StepBatch(const Call& call)
+        : GradientBatch<T, K>(call), residual_scale(load_residual_scale<AccumulatorOf<T>>(call)) {}
 };
 
 template <class A, int P> struct GradientLanes {  // of a part of a vector
@@ -43,9 +54,9 @@ template <class A, int P> struct GradientLanes {  // of a part of a vector
 template <int kAct> constexpr bool clears_outside = kAct != any_act;
 
 // Reads a batch; what the call has none of stays as it is and is not used
-template <int kAct, class T, bool kWide, int K, class Batch>
+template <int kAct, class T, bool kWide, int K, bool kRegular, class Batch>
 NF_DEVICE void load_gradients(const Call& call, const Slab<T, kWide>& slab, const typename Slab<T, kWide>::Cursor (&cursors)[K],
-                              const Spot (&spots)[K], Batch& batch) {
+                              const Spot<kRegular> (&spots)[K], Batch& batch) {
     const Arguments& t = call.tensors;
     NF_UNROLL
     for (int k = 0; k < K; ++k) {
@@ -53,58 +64,57 @@ NF_DEVICE void load_gradients(const Call& call, const Slab<T, kWide>& slab, cons
         batch.dy[k] = slab.template load<false, clears_outside<kAct>>(t.dy, spots[k]);
     }
     const void* residual = t.residual;
+    bool with_residual = batch.source == z_of_residual;
     if constexpr (Batch::of_step) {
-        if (t.against) residual = t.against;
+        if (t.against) residual = t.against, with_residual = true;
         if (clears_outside<kAct> && t.dshifted) {
             NF_UNROLL
             for (int k = 0; k < K; ++k) batch.dshifted[k] = slab.load(t.dshifted, spots[k]);
         }
     }
-    if (residual) {
+    if (with_residual) {
         NF_UNROLL
         for (int k = 0; k < K; ++k) batch.residual[k] = slab.template load<false, clears_outside<kAct>>(residual, spots[k]);
     }
-    if (t.mask) {
+    if (batch.source == z_of_mask) {
         NF_UNROLL
         for (int k = 0; k < K; ++k)
             batch.bits[k] = !spots[k].empty() ? Global<const uint8_t>(t.mask).load(slab.mask_at(call.walk, cursors[k])) : uint8_t(0);
     }
 }
 
-template <class T, bool kWide, bool kRows, int kAct, class AnySlab, class Batch>
-NF_DEVICE void gradient_lanes(const Call& call, const AnySlab& slab, const Spot& spot, const Coefficients<T, kWide, kRows>& c,
+template <class T, bool kWide, bool kRows, int kAct, class AnySlab, bool kRegular, class Batch>
+NF_DEVICE void gradient_lanes(const Call& call, const AnySlab& slab, const Spot<kRegular>& spot, const Coefficients<T, kWide, kRows>& c,
                               const Batch& batch, int k, int part, GradientLanes<AccumulatorOf<T>, part_size<T, kAct>>& lanes) {
     using A = AccumulatorOf<T>;
     constexpr int P = part_size<T, kAct>;
-    const Activation<kAct, A, P> act(call.problem);
+    const Activation<kAct, A, P> act(call);
     A z[P], weight[kRows ? 1 : P];
     c.act_weights(part, weight);
     NF_UNROLL
     for (int j = 0; j < P; ++j) {
-        lanes.xc[j] = c.centred(widen(batch.x[k].data[part + j]), part + j);
-        lanes.dz[j] = widen(batch.dy[k].data[part + j]);
+        lanes.xc[j] = c.centred(batch.x[k].get(part + j), part + j);
+        lanes.dz[j] = batch.dy[k].get(part + j);
         lanes.dact[j] = A(0);
         z[j] = fma_(c.scale(part + j), lanes.xc[j], c.shift[kRows ? 0 : part + j]);
     }
     if constexpr (Batch::of_step) {
         if (opaque(int(call.tensors.dshifted != nullptr))) {
-            Pack<T, P> dshifted;
             if constexpr (clears_outside<kAct>) {
                 NF_UNROLL
-                for (int j = 0; j < P; ++j) dshifted.data[j] = batch.dshifted[k].data[part + j];
+                for (int j = 0; j < P; ++j) lanes.dz[j] += batch.dshifted[k].get(part + j);
             } else {  // no registers for another vector
-                dshifted = slab.template load_part<P>(call.tensors.dshifted, spot, part);
+                const Pack<T, P> dshifted = slab.template load_part<P>(call.tensors.dshifted, spot, part);
+                NF_UNROLL
+                for (int j = 0; j < P; ++j) lanes.dz[j] += widen(dshifted.data[j]);
             }
-            NF_UNROLL
-            for (int j = 0; j < P; ++j) lanes.dz[j] += widen(dshifted.data[j]);
         }
     }
-    const int source = opaque(call.tensors.mask ? 2 : call.tensors.residual ? 1 : 0);
-    if (source == 2) return act.from_bits(lanes.dz, unsigned(batch.bits[k]) >> part, lanes.dact);
-    if (source == 1) {
+    if (batch.source == z_of_mask) return act.from_bits(lanes.dz, unsigned(batch.bits[k]) >> part, lanes.dact);
+    if (batch.source == z_of_residual) {
         NF_UNROLL
         for (int j = 0; j < P; ++j) {
-            const A residual = widen(batch.residual[k].data[part + j]);
+            const A residual = batch.residual[k].get(part + j);
             if constexpr (Batch::of_step) z[j] = fma_(batch.residual_scale, residual, z[j]);
             else z[j] += residual;
         }
@@ -161,9 +171,9 @@ template <class T, bool kWide, int kSums> struct ChannelSums {
 };
 
 // Adds a part of a vector to the sums of its sets, its row (along rows) or its channels (position sets along columns)
-template <class T, bool kWide, bool kRows, int kSums, int P>
+template <class T, bool kWide, bool kRows, int kSums, int P, bool kRegular>
 NF_DEVICE void add_gradients(const Call& call, const Coefficients<T, kWide, kRows>& c, const GradientLanes<AccumulatorOf<T>, P>& lanes,
-                             int part, const Slab<T, kWide>& slab, const Spot& spot,
+                             int part, const Slab<T, kWide>& slab, const Spot<kRegular>& spot,
                              Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>], Sums<AccumulatorOf<T>, kSums>& row) {
     using A = AccumulatorOf<T>;
     const auto add = [](Sums<A, kSums>& to, A dz, A xc, A dact) {
@@ -195,10 +205,10 @@ NF_DEVICE void add_gradients(const Call& call, const Coefficients<T, kWide, kRow
 
 // A row of this team is complete. All threads come here together.
 template <class T, bool kWide, bool kRows, int kSums>
-NF_DEVICE void end_row(const Call& call, const Slab<T, kWide>& slab, const Spot& spot, int64_t unit, const Coefficients<T, kWide, kRows>& c,
+NF_DEVICE void end_row(const Call& call, const Slab<T, kWide>& slab, int at_row, int64_t unit, const Coefficients<T, kWide, kRows>& c,
                        Sums<AccumulatorOf<T>, kSums> (&sets)[sum_lanes<T, kWide>], Sums<AccumulatorOf<T>, kSums>& row) {
     using A = AccumulatorOf<T>;
-    const bool there = spot.row < slab.rows;
+    const bool there = at_row < slab.rows;
     if constexpr (kWide) {
         // of one channel: the set's sums are the channel's; the weight joins later
         const A weight = call.walk.one_channel || call.tensors.scale ? A(1) : there ? c.weight[0] : A(0);
@@ -209,13 +219,13 @@ NF_DEVICE void end_row(const Call& call, const Slab<T, kWide>& slab, const Spot&
             const Sums<A, kSums> whole = over_team<A>(row, slab.team, call.scratch_offset);
             const int64_t vector_chunk = slab.chunk % call.walk.vector_chunks, n = quotient(slab.outer, call.walk.period);
             if (there && slab.lane == 0)
-                store_channel_sums(call, vector_chunk * call.problem.N + n, slab.row_channel(call.walk, spot.row), whole);
+                store_channel_sums(call, vector_chunk * call.problem.N + n, slab.row_channel(call.walk, at_row), whole);
         }
     } else if (call.channel_sums[sum_dz]) {
         const Sums<A, kSums> whole = over_team<A>(row, slab.team, call.scratch_offset);
         if (there && slab.lane == 0) {
-            if (call.sums_offset < 0) store_channel_sums(call, unit, spot.row, whole);
-            else ChannelSums<T, kWide, kSums>(call).add_row(spot.row, whole);
+            if (call.sums_offset < 0) store_channel_sums(call, unit, at_row, whole);
+            else ChannelSums<T, kWide, kSums>(call).add_row(at_row, whole);
         }
     }
     row = Sums<A, kSums>();
@@ -227,38 +237,46 @@ template <class T, int K> struct GradientStash {
     const Landing<K>& landing;
     bool residual, mask;
 
-    NF_DEVICE GradientStash(const Call& call, const Landing<K>& landing_)
-        : landing(landing_), residual(call.tensors.residual != nullptr), mask(call.tensors.mask != nullptr) {}
-    NF_DEVICE Shared<T> of(int tensor) const { return shared_at<T>(tensor * landing.vectors() * 16, landing.vectors() * V); }
+    const Shared<T> all;
+
+    NF_DEVICE GradientStash(int source, const Landing<K>& landing_)
+        : landing(landing_),
+          residual(source == z_of_residual),
+          mask(source == z_of_mask),
+          all(pinned(shared_at<T>(0, (residual ? 3 : 2) * landing_.vectors() * V))) {}
+    NF_DEVICE Shared<T> of(int tensor) const { return all.part(tensor * landing.vectors() * V, landing.vectors() * V); }
     NF_DEVICE Shared<uint8_t> bits() const { return shared_at<uint8_t>(2 * landing.vectors() * 16, landing.vectors()); }
 
-    NF_DEVICE void keep(int b, const GradientBatch<T, K>& batch) const {
+    template <bool kRegular> NF_DEVICE void keep(int b, const Spot<kRegular> (&spots)[K], const GradientBatch<T, K>& batch) const {
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
+            if (spots[k].empty()) continue;
             const int slot = landing.slot(b, k);
-            of(0).template store<V>(slot * V, batch.x[k]);
-            of(1).template store<V>(slot * V, batch.dy[k]);
-            if (residual) of(2).template store<V>(slot * V, batch.residual[k]);
+            of(0).template store<V>(slot * V, batch.x[k].pack());
+            of(1).template store<V>(slot * V, batch.dy[k].pack());
+            if (residual) of(2).template store<V>(slot * V, batch.residual[k].pack());
             if (mask) bits().set(slot, batch.bits[k]);
         }
     }
-    // The bits of a batch that passes are not there
-    NF_DEVICE void recall(int b, GradientBatch<T, K>& batch) const {
+    // ``with_bits``: those of a batch that passes are not there
+    template <bool kRegular>
+    NF_DEVICE void recall(int b, const Spot<kRegular> (&spots)[K], bool with_bits, GradientBatch<T, K>& batch) const {
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
+            if (spots[k].empty()) continue;
             const int slot = landing.slot(b, k);
             batch.x[k] = of(0).template load<V>(slot * V);
             batch.dy[k] = of(1).template load<V>(slot * V);
             if (residual) batch.residual[k] = of(2).template load<V>(slot * V);
-            if (mask && landing.stays(b)) batch.bits[k] = bits().get(slot);
+            if (with_bits) batch.bits[k] = bits().get(slot);
         }
     }
 };
 
 // Adds the next batch of the walk to the sums
-template <class T, bool kWide, bool kRows, int kAct, int K, class Batch>
+template <class T, bool kWide, bool kRows, int kAct, int K, bool kRegular, class Batch>
 NF_DEVICE void add_gradient_batch(const Call& call, const Slab<T, kWide>& slab, int64_t unit, Coefficients<T, kWide, kRows>& c,
-                                  const typename Slab<T, kWide>::Cursor (&cursors)[K], const Spot (&spots)[K], Batch& batch,
+                                  const typename Slab<T, kWide>::Cursor (&cursors)[K], const Spot<kRegular> (&spots)[K], Batch& batch,
                                   Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>],
                                   Sums<AccumulatorOf<T>, gradient_sums<kAct>>& row) {
     using A = AccumulatorOf<T>;
@@ -266,7 +284,7 @@ NF_DEVICE void add_gradient_batch(const Call& call, const Slab<T, kWide>& slab, 
     const Arguments& t = call.tensors;
     NF_UNROLL
     for (int k = 0; k < K; ++k) {
-        if constexpr (kWide && kRows && clears_outside<kAct>) {  // the sums take all lanes
+        if constexpr (!kRegular && kWide && kRows && clears_outside<kAct>) {  // the sums take all lanes
             slab.clear_outside(spots[k], batch.x[k]);
             slab.clear_outside(spots[k], batch.dy[k]);
             if (t.residual || (Batch::of_step && t.against)) slab.clear_outside(spots[k], batch.residual[k]);
@@ -283,13 +301,14 @@ NF_DEVICE void add_gradient_batch(const Call& call, const Slab<T, kWide>& slab, 
                 if constexpr (Batch::of_step) {
                     if (opaque(int(t.against != nullptr))) {
                         NF_UNROLL
-                        for (int j = 0; j < P; ++j) lanes.xc[j] = widen(batch.residual[k].data[part + j]);
+                        for (int j = 0; j < P; ++j) lanes.xc[j] = batch.residual[k].get(part + j);
                     }
                 }
                 add_gradients<T, kWide, kRows, gradient_sums<kAct>>(call, c, lanes, part, slab, spots[k], sets, row);
             }
         }
-        if (kRows && slab.row_ends(cursors[k])) end_row<T, kWide, kRows, gradient_sums<kAct>>(call, slab, spots[k], unit, c, sets, row);
+        if (kRows && slab.row_ends(cursors[k]))
+            end_row<T, kWide, kRows, gradient_sums<kAct>>(call, slab, cursors[k].row, unit, c, sets, row);
     }
 }
 
@@ -298,36 +317,35 @@ template <class T, bool kWide, bool kRows, int kAct, int K, class Batch>
 NF_DEVICE void collect_gradients(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, int64_t unit,
                                  Coefficients<T, kWide, kRows>& c, Batch& batch,
                                  Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>]) {
-    const GradientStash<T, K> stash(call, landing);
+    const GradientStash<T, K> stash(batch.source, landing);
     Sums<AccumulatorOf<T>, gradient_sums<kAct>> row;
     auto cursor = slab.start();
     NF_NO_UNROLL
     for (int b = 0; b <= landing.last; ++b) {
-        typename Slab<T, kWide>::Cursor cursors[K];
-        Spot spots[K];
-        slab.next(cursor, cursors, spots);
-        load_gradients<kAct>(call, slab, cursors, spots, batch);
-        add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, batch, sets, row);
-        if (landing.stays(b)) stash.keep(b, batch);
+        slab.template next<K, kWide && kAct != any_act>(cursor, [&](const auto& cursors, const auto& spots) {
+            load_gradients<kAct>(call, slab, cursors, spots, batch);
+            add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, batch, sets, row);
+            if (landing.stays(b)) stash.keep(b, spots, batch);
+        });
     }
 }
 
 // Asks for batch b of the walk that ``cursor`` is at, all but its bits
-template <int kAct, class T, bool kWide, int K> NF_DEVICE void ask_gradients(const Call& call, const Slab<T, kWide>& slab,
-                                                                             const Landing<K>& landing,
-                                                                             typename Slab<T, kWide>::Cursor& cursor, int b) {
+template <int kAct, class T, bool kWide, int K>
+NF_DEVICE void ask_gradients(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, const Global<const T>& x,
+                             const Global<const T>& dy, const GradientStash<T, K>& stash, typename Slab<T, kWide>::Cursor& cursor, int b) {
     const Arguments& t = call.tensors;
     if (b < landing.last) {
-        const GradientStash<T, K> stash(call, landing);
-        NF_UNROLL
-        for (int k = 0; k < K; ++k) {
-            const Spot spot = slab.spot(cursor);
-            const int at = landing.slot(b, k) * vector_size<T>;
-            slab.advance(cursor);
-            slab.template fetch<clears_outside<kAct>>(t.x, spot, stash.of(0), at, landing.cache(b));
-            slab.template fetch<clears_outside<kAct>>(t.dy, spot, stash.of(1), at, landing.cache(b));
-            if (t.residual) slab.template fetch<clears_outside<kAct>>(t.residual, spot, stash.of(2), at, landing.cache(b));
-        }
+        slab.template next<K, kWide && kAct != any_act>(cursor, [&](const auto&, const auto& spots) {
+            NF_UNROLL
+            for (int k = 0; k < K; ++k) {
+                const int at = landing.slot(b, k) * vector_size<T>;
+                slab.template fetch<clears_outside<kAct>>(x, spots[k], stash.of(0), at, landing.cache(b));
+                slab.template fetch<clears_outside<kAct>>(dy, spots[k], stash.of(1), at, landing.cache(b));
+                if (stash.residual)
+                    slab.template fetch<clears_outside<kAct>>(slab.at_corner(t.residual), spots[k], stash.of(2), at, landing.cache(b));
+            }
+        });
     }
     copy_async_commit();
 }
@@ -337,48 +355,50 @@ template <class T, bool kWide, bool kRows, int kAct, int K>
 NF_DEVICE void collect_gradients_ahead(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing, int early, int64_t unit,
                                        Coefficients<T, kWide, kRows>& c, GradientBatch<T, K>& batch,
                                        Sums<AccumulatorOf<T>, gradient_sums<kAct>> (&sets)[sum_lanes<T, kWide>]) {
-    using Cursor = typename Slab<T, kWide>::Cursor;
     const Arguments& t = call.tensors;
-    const GradientStash<T, K> stash(call, landing);
-    const int last = landing.last;
+    const GradientStash<T, K> stash(batch.source, landing);
+    const int last = landing.last, source = batch.source;
     Sums<AccumulatorOf<T>, gradient_sums<kAct>> row;
+    // two instructions less for each load, where there are registers for it
+    const auto corner = [&](const void* tensor) { return kAct == any_act ? slab.at_corner(tensor) : pinned(slab.at_corner(tensor)); };
+    const Global<const T> x = corner(t.x), dy = corner(t.dy);
     auto asked = slab.after(early * K);
     NF_NO_UNROLL
-    for (int b = early; b < landing.ahead; ++b) ask_gradients<kAct>(call, slab, landing, asked, b);
-    auto cursor = slab.after(last * K);
-    Cursor cursors[K];
-    Spot spots[K];
-    slab.next(cursor, cursors, spots);
-    load_gradients<kAct>(call, slab, cursors, spots, batch);
+    for (int b = early; b < landing.ahead; ++b) ask_gradients<kAct>(call, slab, landing, x, dy, stash, asked, b);
+    auto end = slab.after(last * K), cursor = slab.start(), marked = cursor;
+    slab.template next<K, kWide && kAct != any_act>(
+        end, [&](const auto& cursors, const auto& spots) { load_gradients<kAct>(call, slab, cursors, spots, batch); });
     uint8_t coming[K] = {};
-    auto marked = slab.start();
     const auto read_bits = [&](int b) {
-        if (!t.mask || b >= last) return;
+        if (b >= last) return;
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
-            coming[k] = slab.spot(marked).empty() ? uint8_t(0) : Global<const uint8_t>(t.mask).load(slab.mask_at(call.walk, marked));
+            coming[k] = slab.has(marked) ? Global<const uint8_t>(t.mask).load(slab.mask_at(call.walk, marked)) : uint8_t(0);
             slab.advance(marked);
         }
     };
-    read_bits(0);
-    cursor = slab.start();
+    if (stash.mask) read_bits(0);
     NF_NO_UNROLL
     for (int b = 0; b < last; ++b) {
-        slab.next(cursor, cursors, spots);
-        GradientBatch<T, K> now;
-        NF_UNROLL
-        for (int k = 0; k < K; ++k) {
-            now.bits[k] = coming[k];
-            if (t.mask && landing.stays(b)) stash.bits().set(landing.slot(b, k), coming[k]);
-        }
-        read_bits(b + 1);
-        copy_async_wait<Landing<K>::ahead - 1>();
-        stash.recall(b, now);
-        add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, now, sets, row);
-        if (b + landing.ahead >= early) ask_gradients<kAct>(call, slab, landing, asked, b + landing.ahead);
+        slab.template next<K, kWide && kAct != any_act>(cursor, [&](const auto& cursors, const auto& spots) {
+            GradientBatch<T, K> now(source);
+            if (stash.mask) {
+                NF_UNROLL
+                for (int k = 0; k < K; ++k) {
+                    now.bits[k] = coming[k];
+                    if (landing.stays(b)) stash.bits().set(landing.slot(b, k), coming[k]);
+                }
+                read_bits(b + 1);
+            }
+            copy_async_wait<Landing<K>::ahead - 1>();
+            stash.recall(b, spots, false, now);
+            add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, now, sets, row);
+        });
+        if (b + landing.ahead >= early) ask_gradients<kAct>(call, slab, landing, x, dy, stash, asked, b + landing.ahead);
     }
-    slab.next(cursor, cursors, spots);
-    add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, batch, sets, row);
+    slab.template next<K, kWide && kAct != any_act>(cursor, [&](const auto& cursors, const auto& spots) {
+        add_gradient_batch<T, kWide, kRows, kAct, K>(call, slab, unit, c, cursors, spots, batch, sets, row);
+    });
 }
 
 template <class T, bool kWide, bool kRows, int kAct> NF_KERNEL(threads_of<kWide>) grad_moments_kernel(NF_GRID_CONSTANT Call call) {

@@ -24,7 +24,7 @@ grad_single_pass_kernel(NF_GRID_CONSTANT Call call) {
         const Landing<gradient_batch> landing(call, slab.steps, base);
         GradientCoefficients<T, kWide> g;
         Sums<A, gradient_sums<kAct>> sets[sum_lanes<T, kWide>];
-        GradientBatch<T, gradient_batch> batch;
+        GradientBatch<T, gradient_batch> batch(call);
         if constexpr (kApart) {
             saved_samples<T, kWide, kRows>(call, slab, c);
         } else {
@@ -37,9 +37,12 @@ grad_single_pass_kernel(NF_GRID_CONSTANT Call call) {
                 const Slab<T, kWide> next(call.walk, unit + grid_blocks());
                 const Landing<gradient_batch> place(call, next.steps, base = landing.next_base());
                 auto cursor = next.start();
+                const GradientStash<T, gradient_batch> stash(batch.source, place);
                 early = min_(call.walk.spare, place.last);
                 NF_NO_UNROLL
-                for (int b = 0; b < early; ++b) ask_gradients<kAct>(call, next, place, cursor, b);
+                for (int b = 0; b < early; ++b)
+                    ask_gradients<kAct>(call, next, place, next.at_corner(call.tensors.x), next.at_corner(call.tensors.dy), stash, cursor,
+                                        b);
             }
         } else {
             collect_gradients<T, kWide, kRows, kAct>(call, slab, landing, unit, c, batch, sets);
@@ -65,11 +68,11 @@ template <class T> NF_KERNEL(threads_of<false>) grad_columns_kernel(NF_GRID_CONS
     const Global<A> means(t.mean), rstds(t.rstd);
     Coefficients<T, true, false> c;  // statistics of the row, parameters of the columns
     Sums<A, 3> columns[V];
-    GradientBatch<T, 1> batch;
+    GradientBatch<T, 1> batch(call);
     auto cursor = slab.start();
     for (int step = 0; step < slab.steps; ++step) {
         const typename Slab<T, false>::Cursor cursors[1] = {cursor};
-        const Spot spots[1] = {slab.spot(cursor)};
+        const Spot<false> spots[1] = {slab.spot(cursor)};
         slab.advance(cursor);
         load_gradients<any_act>(call, slab, cursors, spots, batch);
         if (spots[0].empty()) continue;

@@ -1,7 +1,6 @@
 // Step 1, forward: x -> mean and biased variance (of the rms rule: zero and the mean square) of every set.
 //
-// Each thread takes the exact two-pass moments of a batch of vectors that it holds in registers, and merges them with what it has
-// (Chan); then threads, teams and chunks merge in a fixed order. x is read once; 5 instructions per element and one division per batch.
+// Each thread sums about a centre that follows its mean; then threads, teams and chunks merge (Chan) in a fixed order. x is read once.
 //
 // moments_kernel (two_pass): a slab per block; leaves in ``partial``
 //     wide:   [element, offset, m2, count][set][chunk]         narrow: [element, offset, m2, count][chunk][outer][column]
@@ -23,67 +22,74 @@ namespace normfused {
 // Lanes with sums of their own
 template <class T, bool kWide> constexpr int sum_lanes = kWide ? 1 : vector_size<T>;
 
-// The moments that a thread collects: lanes of narrow sets have met the same number of elements
+// The moments that a thread collects, as sums about a centre: at first an element, then, whenever the thread has met twice as many as when
+// it last moved, their mean. So no large numbers are summed: whatever the numbers, the squares about the centre are about twice those about
+// the mean at most (in the first two batches, as many times as a batch has elements). And equal numbers have that number for a mean,
+// exactly. Lanes of narrow sets have met the same number of elements.
 template <class T, bool kWide> struct ThreadMoments {
     using A = AccumulatorOf<T>;
     static constexpr int V = vector_size<T>, kLanes = sum_lanes<T, kWide>;
-    A element[kLanes] = {}, offset[kLanes] = {}, m2[kLanes] = {}, count = A(0);
+    A centre[kLanes] = {}, sum[kLanes] = {}, squares[kLanes] = {};
+    int count = 0, move_at = 1;
+    bool centred;
 
-    NF_DEVICE void give(Moments<A> (&to)[kLanes]) const {
+    NF_DEVICE explicit ThreadMoments(bool centred_) : centred(centred_) {}
+
+    NF_DEVICE void give(Moments<A> (&to)[kLanes]) {
+        if (centred && count > 0) move();
         NF_UNROLL
         for (int j = 0; j < kLanes; ++j) {
-            to[j].element = element[j];
-            to[j].offset = offset[j];
-            to[j].m2 = m2[j];
-            to[j].count = count;
+            to[j].element = centre[j];
+            to[j].offset = centred && count > 0 ? sum[j] / A(count) : A(0);
+            to[j].m2 = squares[j] < A(0) ? A(0) : squares[j];
+            to[j].count = A(count);
         }
     }
 
-    template <int K> NF_DEVICE void add(const Vector<T> (&batch)[K], const Spot (&spots)[K], bool centred) {
-        // Deviations from one element: the mean of equal numbers is exact, and no large numbers are summed
-        if (centred && count == A(0)) {
+    // Three instructions a number, beside the one that widens it
+    template <int K, bool kRegular> NF_DEVICE void add(const Vector<T> (&batch)[K], const Spot<kRegular> (&spots)[K]) {
+        if (centred && count == 0) {
             NF_UNROLL
-            for (int j = V - 1; j >= 0; --j)
-                if (!kWide || (j >= spots[0].first && j < spots[0].last)) element[kWide ? 0 : j] = widen(batch[0].data[j]);
+            for (int k = K - 1; k >= 0; --k) {
+                if (spots[k].empty()) continue;
+                NF_UNROLL
+                for (int j = V - 1; j >= 0; --j)
+                    if (!kWide || spots[k].has(j)) centre[kWide ? 0 : j] = batch[k].get(j);
+            }
         }
-        int n = 0;
-        A mean[kLanes] = {}, squares[kLanes] = {};  // of the batch, from the element on
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
-            n += kWide ? spots[k].last - spots[k].first : !spots[k].empty();
-            over(batch[k], spots[k], [&](int lane, A v) { mean[lane] += v - element[lane]; });
+            if (spots[k].empty()) continue;
+            count += kWide ? spots[k].lanes() : 1;
+            if (!kWide || spots[k].template full<V>()) {
+                NF_UNROLL
+                for (int j = 0; j < V; ++j) add(kWide ? 0 : j, batch[k].get(j));
+            } else {
+                NF_UNROLL
+                for (int j = 0; j < V; ++j)
+                    if (spots[k].has(j)) add(0, batch[k].get(j));
+            }
         }
-        if (n == 0) return;
-        const A share = centred ? A(1) / A(n) : A(0);
-        NF_UNROLL
-        for (int j = 0; j < kLanes; ++j) mean[j] *= share;
-        NF_UNROLL
-        for (int k = 0; k < K; ++k)
-            over(batch[k], spots[k], [&](int lane, A v) {
-                const A d = v - element[lane] - mean[lane];
-                squares[lane] = fma_(d, d, squares[lane]);
-            });
-        const A total = count + A(n), fraction = A(n) / total;
-        NF_UNROLL
-        for (int j = 0; j < kLanes; ++j) {
-            const A delta = mean[j] - offset[j];
-            offset[j] = fma_(delta, fraction, offset[j]);
-            m2[j] += fma_(delta * delta, count * fraction, squares[j]);
-        }
-        count = total;
+        if (centred && count >= move_at) move();
     }
 
-    // f(lane of the sums, number) for every number of a vector
-    template <class F> static NF_DEVICE void over(const Vector<T>& v, const Spot& spot, F f) {
-        if (spot.empty()) return;
-        if (!kWide || spot.last - spot.first == V) {
-            NF_UNROLL
-            for (int j = 0; j < V; ++j) f(kWide ? 0 : j, widen(v.data[j]));
-        } else {
-            NF_UNROLL
-            for (int j = 0; j < V; ++j)
-                if (j >= spot.first && j < spot.last) f(0, widen(v.data[j]));
+   private:
+    NF_DEVICE void add(int lane, A v) {
+        const A d = v - centre[lane];
+        sum[lane] += d;
+        squares[lane] = fma_(d, d, squares[lane]);
+    }
+    NF_DEVICE void move() {
+        const A share = A(1) / A(count);
+        NF_UNROLL
+        for (int j = 0; j < kLanes; ++j) {
+            const A before = centre[j], all = sum[j];
+            centre[j] = fma_(all, share, before);
+            const A moved = centre[j] - before;
+            sum[j] = fma_(-A(count), moved, all);  // what rounding the centre has left
+            squares[j] = fma_(-moved, all + sum[j], squares[j]);
         }
+        move_at = 2 * count;
     }
 };
 
@@ -121,53 +127,52 @@ template <class T, bool kWide, int K> NF_DEVICE void collect(const Call& call, c
                                                              Vector<T> (&batch)[K],
                                                              Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
     constexpr int V = vector_size<T>, P = part_size<T, any_act>;
-    ThreadMoments<T, kWide> own;
+    ThreadMoments<T, kWide> own(call.problem.centred());
     const Arguments& t = call.tensors;
     const bool pre_norm = call.problem.residual_mode == ResidualMode::pre_norm;
     auto cursor = slab.start();
     NF_NO_UNROLL
     for (int b = 0; b <= landing.last; ++b) {
-        Spot spots[K];
-        NF_UNROLL
-        for (int k = 0; k < K; ++k) {
-            spots[k] = slab.spot(cursor);
-            slab.advance(cursor);
-            batch[k] = slab.load(t.x, spots[k]);
-        }
-        if (pre_norm) {  // the statistics are those of h as it is stored
+        slab.template next<K, true>(cursor, [&](const auto&, const auto& spots) {
             NF_UNROLL
-            for (int k = 0; k < K; ++k) {
-                const Vector<T> residual = slab.load(t.residual, spots[k]);
+            for (int k = 0; k < K; ++k) batch[k] = slab.load(t.x, spots[k]);
+            if (pre_norm) {  // the statistics are those of h as it is stored
                 NF_UNROLL
-                for (int part = 0; part < V; part += P) {
-                    AccumulatorOf<T> h[P];
+                for (int k = 0; k < K; ++k) {
+                    const Vector<T> residual = slab.load(t.residual, spots[k]);
                     NF_UNROLL
-                    for (int j = 0; j < P; ++j) h[j] = widen(batch[k].data[part + j]) + widen(residual.data[part + j]);
-                    pack_part<T>(h, part, batch[k]);
+                    for (int part = 0; part < V; part += P) {
+                        AccumulatorOf<T> h[P];
+                        NF_UNROLL
+                        for (int j = 0; j < P; ++j) h[j] = batch[k].get(part + j) + residual.get(part + j);
+                        batch[k].set(part, h);
+                    }
+                    slab.store(t.h, spots[k], batch[k]);
                 }
-                slab.store(t.h, spots[k], batch[k]);
             }
-        }
-        own.add(batch, spots, call.problem.centred());
-        if (landing.stays(b)) {
-            const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
-            NF_UNROLL
-            for (int k = 0; k < K; ++k) stash.template store<V>(landing.slot(b, k) * V, batch[k]);
-        }
+            own.add(batch, spots);
+            if (landing.stays(b)) {
+                const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
+                NF_UNROLL
+                for (int k = 0; k < K; ++k)
+                    if (!spots[k].empty()) stash.template store<V>(landing.slot(b, k) * V, batch[k].pack());
+            }
+        });
     }
     own.give(moments);
 }
 
 // A batch of the second pass, for b going down. ``held``: the first pass was in this kernel, and the last batch is still there.
-template <class T, bool kWide, int K> NF_DEVICE void recall(const Slab<T, kWide>& slab, const Landing<K>& landing, bool held, int b,
-                                                            const Spot (&spots)[K], const void* tensor, bool written_here,
-                                                            Vector<T> (&batch)[K]) {
+template <class T, bool kWide, int K, bool kRegular> NF_DEVICE void recall(const Slab<T, kWide>& slab, const Landing<K>& landing, bool held,
+                                                                           int b, const Spot<kRegular> (&spots)[K], const void* tensor,
+                                                                           bool written_here, Vector<T> (&batch)[K]) {
     constexpr int V = vector_size<T>;
     if (held && b == landing.last) return;
     if (held && landing.stays(b)) {
         const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
         NF_UNROLL
-        for (int k = 0; k < K; ++k) batch[k] = stash.template load<V>(landing.slot(b, k) * V);
+        for (int k = 0; k < K; ++k)
+            if (!spots[k].empty()) batch[k] = stash.template load<V>(landing.slot(b, k) * V);
     } else if (written_here) {
         NF_UNROLL
         for (int k = 0; k < K; ++k) batch[k] = slab.template load<true>(tensor, spots[k]);

@@ -146,23 +146,14 @@ NF_DEVICE void leave_owners(const Call& call) {
 
 // Asks for batch b of the walk that ``cursor`` is at
 template <class T, bool kWide, int K> NF_DEVICE void ask(const Call& call, const Slab<T, kWide>& slab, const Landing<K>& landing,
+                                                         const Global<const T>& x, const Shared<T>& stash,
                                                          typename Slab<T, kWide>::Cursor& cursor, int b) {
     constexpr int V = vector_size<T>;
     if (b < landing.last) {
-        const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
-        typename Slab<T, kWide>::Cursor cursors[K] = {};
-        Spot spots[K] = {};
-        const auto fetch = [&] {
+        slab.template next<K, true>(cursor, [&](const auto&, const auto& spots) {
             NF_UNROLL
-            for (int k = 0; k < K; ++k) slab.fetch(call.tensors.x, spots[k], stash, landing.slot(b, k) * V, landing.cache(b));
-        };
-        if (slab.template plain<K>(cursor)) {
-            slab.template next<true>(cursor, cursors, spots);
-            fetch();
-        } else {
-            slab.next(cursor, cursors, spots);
-            fetch();
-        }
+            for (int k = 0; k < K; ++k) slab.fetch(x, spots[k], stash, landing.slot(b, k) * V, landing.cache(b));
+        });
     }
     copy_async_commit();
 }
@@ -172,38 +163,30 @@ template <class T, bool kWide, int K> NF_DEVICE void collect_ahead(const Call& c
                                                                    int early, Vector<T> (&batch)[K],
                                                                    Moments<AccumulatorOf<T>> (&moments)[sum_lanes<T, kWide>]) {
     constexpr int V = vector_size<T>;
-    ThreadMoments<T, kWide> own;
-    const Shared<T> stash = shared_at<T>(0, landing.vectors() * V);
-    auto asked = slab.after(early * K), cursor = slab.start();
+    ThreadMoments<T, kWide> own(call.problem.centred());
+    const Shared<T> stash = pinned(shared_at<T>(0, landing.vectors() * V));
+    const Global<const T> x = pinned(slab.at_corner(call.tensors.x));
+    auto asked = slab.after(early * K), cursor = slab.start(), end = slab.after(landing.last * K);
     NF_NO_UNROLL
-    for (int b = early; b < landing.ahead; ++b) ask(call, slab, landing, asked, b);
-    typename Slab<T, kWide>::Cursor cursors[K] = {};
-    Spot spots[K] = {};
-    const auto take = [&](int b) {
-        copy_async_wait<Landing<K>::ahead - 1>();
-        Vector<T> now[K];
-        NF_UNROLL
-        for (int k = 0; k < K; ++k) now[k] = stash.template load<V>(landing.slot(b, k) * V);
-        own.add(now, spots, call.problem.centred());
-    };
+    for (int b = early; b < landing.ahead; ++b) ask(call, slab, landing, x, stash, asked, b);
     // the one that stays in registers, which may wait for it: after the others were asked for
-    auto end = slab.after(landing.last * K);
-    slab.next(end, cursors, spots);
-    NF_UNROLL
-    for (int k = 0; k < K; ++k) batch[k] = slab.load(call.tensors.x, spots[k]);
+    slab.template next<K, true>(end, [&](const auto&, const auto& spots) {
+        NF_UNROLL
+        for (int k = 0; k < K; ++k) batch[k] = slab.load(call.tensors.x, spots[k]);
+    });
     NF_NO_UNROLL
     for (int b = 0; b < landing.last; ++b) {
-        if (slab.template plain<K>(cursor)) {
-            slab.template next<true>(cursor, cursors, spots);
-            take(b);
-        } else {
-            slab.next(cursor, cursors, spots);
-            take(b);
-        }
-        if (b + landing.ahead >= early) ask(call, slab, landing, asked, b + landing.ahead);
+        slab.template next<K, true>(cursor, [&](const auto&, const auto& spots) {
+            copy_async_wait<Landing<K>::ahead - 1>();
+            Vector<T> now[K];
+            NF_UNROLL
+            for (int k = 0; k < K; ++k)
+                if (!spots[k].empty()) now[k] = stash.template load<V>(landing.slot(b, k) * V);
+            own.add(now, spots);
+        });
+        if (b + landing.ahead >= early) ask(call, slab, landing, x, stash, asked, b + landing.ahead);
     }
-    slab.next(cursor, cursors, spots);
-    own.add(batch, spots, call.problem.centred());
+    slab.template next<K, true>(cursor, [&](const auto&, const auto& spots) { own.add(batch, spots); });
     own.give(moments);
 }
 

@@ -215,7 +215,8 @@ inline void finish_walk(Walk& w, bool wide, int V) {
     w.per_row = int(ceil_div(w.chunk_vectors, w.team));
     w.steps = int(ceil_div(w.chunk_rows, w.teams)) * w.per_row;
     w.units = wide ? ceil_div(w.outers, w.sets_per_block) * w.chunks : w.outers * w.chunks * w.slices;
-    w.plain = w.phase_mask == 0 && w.cols % V == 0 && w.sets_per_block == 1;
+    w.regular = w.phase_mask == 0 && w.cols % V == 0;
+    w.row_key = -int(w.row_channels);
     w.folds = !wide && w.team < 32 && power_of_2(w.team) == w.team;
 }
 

@@ -10,8 +10,8 @@
 
 namespace normfused {
 
-// Mean and sum of squared deviations of ``count`` numbers; merge: Chan, Golub & LeVeque 1979. The mean is kept as an element of the
-// numbers plus an offset: the difference of two elements is exact, so a large mean takes no digits from the squared deviations.
+// Mean and sum of squared deviations of ``count`` numbers; merge: Chan, Golub & LeVeque 1979. The mean is kept as a number
+// near it plus an offset: the difference of two such is exact or nearly so, and a large mean takes no digits from the squared deviations.
 template <class A> struct Moments {
     static constexpr int size = 4;
     A element = 0, offset = 0, m2 = 0, count = 0;

@@ -152,7 +152,7 @@ NF_DEVICE void mix(const Call& call, const Sample<T, kWide>& sample, const Accum
     NF_UNROLL
     for (int j = 0; j < sum_lanes<T, kWide>; ++j) c.shift[j] += parameter[j];
     sample.load(t.act_weight, A(0), c.act_weight);
-    if constexpr (kRows) c.at = int(sample.channel());  // no row is of another channel
+    if constexpr (kRows) c.at = 0;  // no row is of another channel
 }
 
 template <class T, bool kWide, bool kRows> NF_DEVICE void finish_samples(const Call& call, const Slab<T, kWide>& slab,

@@ -29,9 +29,10 @@ single_pass_kernel(NF_GRID_CONSTANT Call call) {
                 const Slab<T, kWide> next(call.walk, unit + grid_blocks());
                 const Landing<forward_batch> place(call, next.steps, base = landing.next_base());
                 auto cursor = next.start();
+                const Shared<T> stash = shared_at<T>(0, place.vectors() * vector_size<T>);
                 early = min_(call.walk.spare, place.last);
                 NF_NO_UNROLL
-                for (int b = 0; b < early; ++b) ask(call, next, place, cursor, b);
+                for (int b = 0; b < early; ++b) ask(call, next, place, next.at_corner(t.x), stash, cursor, b);
             }
         } else {
             collect(call, slab, landing, batch, m);

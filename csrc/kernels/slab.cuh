@@ -13,14 +13,18 @@
 
 namespace normfused {
 
-// One vector of a slab: elements at .. at + V - 1 from its corner on, of which lanes [first, last) belong to it
-struct Spot {
+// One vector of a slab: elements at .. at + V - 1 from its corner on. In a regular walk all of them belong to the slab, or none; else lanes
+// [first, last)
+template <bool kRegular> struct Spot {
     uint32_t at;
     int row, column;  // of lane 0; the column is negative where a wide run starts off a 16-byte boundary
     int first, last;
-    bool whole;  // 16 bytes on a 16-byte boundary, all of the slab
+    bool aligned;  // to 16 bytes
 
     NF_DEVICE bool empty() const { return last == 0; }
+    NF_DEVICE int lanes() const { return last - first; }
+    template <int V> NF_DEVICE bool full() const { return kRegular || lanes() == V; }  // of one that is not empty
+    NF_DEVICE bool has(int j) const { return kRegular || (j >= first && j < last); }    // likewise
 };
 
 template <class T, bool kWide> struct Slab {
@@ -39,7 +43,7 @@ template <class T, bool kWide> struct Slab {
     int set_in_block;
     uint32_t row_stride, phase_mask;
     const int64_t& elements;  // of the tensor; where kernels are given it, which takes no register
-    bool live, aligned, regular;  // regular: the walk is plain
+    bool live, aligned, regular;  // regular: every vector is 16 bytes on a 16-byte boundary, or absent
 
     struct Cursor {
         int row, vector;
@@ -49,7 +53,7 @@ template <class T, bool kWide> struct Slab {
         team = w.team;
         teams = w.teams;
         aligned = w.aligned;
-        regular = w.plain && w.aligned;
+        regular = w.regular && w.aligned;
         phase_mask = w.phase_mask;
         int thread = int(thread_index());
         set_in_block = 0;
@@ -113,129 +117,129 @@ template <class T, bool kWide> struct Slab {
     NF_DEVICE bool row_ends(const Cursor& c) const { return c.vector + team >= per_row * team; }
     NF_DEVICE void advance(Cursor& c) const {
         c.vector += team;
-        if (c.vector >= per_row * team) {
-            c.vector -= per_row * team;
-            c.row += teams;
-        }
+        carry(c.vector, per_row * team, c.row, teams);
     }
     NF_DEVICE void retreat(Cursor& c) const {
         c.vector -= team;
-        if (c.vector < 0) {
-            c.vector += per_row * team;
-            c.row -= teams;
-        }
+        borrow(c.vector, per_row * team, c.row, teams);
     }
 
-    // Whether all threads of the block have whole vectors in the next K steps (or not, all alike but for those that fill up the last warp)
-    template <int K> NF_DEVICE bool plain(Cursor c) const {
-        bool all = regular;
-        NF_UNROLL
-        for (int k = 0; k < K; ++k) {
-            all = all && c.vector - lane + team <= vectors && c.row + behind <= rows;
-            if (k + 1 < K) advance(c);
-        }
-        return all;
-    }
-
-    template <int K> NF_DEVICE bool plain_before(Cursor c) const {
-        NF_UNROLL
-        for (int k = 0; k < K; ++k) retreat(c);
-        return plain<K>(c);
-    }
-
-    // ``kPlain``: of a step that is
-    template <bool kPlain = false> NF_DEVICE Spot spot(const Cursor& c) const {
-        if constexpr (kPlain) return {skew + uint32_t(c.row) * row_stride + uint32_t(c.vector) * V, c.row, c.vector * V, 0, V, true};
-        const uint32_t run = skew + uint32_t(c.row) * row_stride, phase = kWide ? run & phase_mask : 0;
-        Spot s;
+    template <bool kRegular = false> NF_DEVICE Spot<kRegular> spot(const Cursor& c) const {
+        Spot<kRegular> s;
+        const uint32_t run = skew + uint32_t(c.row) * row_stride, phase = kWide && !kRegular ? run & phase_mask : 0;
         s.row = c.row;
         s.column = c.vector * V - int(phase);
         s.at = run - phase + uint32_t(c.vector) * V;
-        s.first = max_(least_column - s.column, 0);
-        s.last = min_(columns - s.column, V);
-        if (c.row >= rows || c.vector >= vectors || s.last <= s.first) s.first = s.last = 0;
-        s.whole = aligned && s.last - s.first == V;
+        s.aligned = kRegular || aligned;
+        s.first = kRegular ? 0 : max_(least_column - s.column, 0);
+        s.last = kRegular ? V : min_(columns - s.column, V);
+        if (!has(c) || (!kRegular && s.last <= s.first)) s.first = s.last = 0;
         return s;
     }
 
-    // The next batch of the walk, or the one before; its vectors in the walk's order
-    template <bool kPlain = false, int K> NF_DEVICE void next(Cursor& c, Cursor (&cursors)[K], Spot (&spots)[K]) const {
+    // work(cursors, spots) of the next batch of the walk, or the one before; its vectors in the walk's order. ``kTells``: whether there is
+    // code of its own for regular walks
+    template <int K, bool kTells, class Work> NF_DEVICE void next(Cursor& c, const Work& work) const {
+        if (kTells && regular) batch_after<K, kTells>(c, work);
+        else batch_after<K, false>(c, work);
+    }
+    template <int K, bool kTells, class Work> NF_DEVICE void previous(Cursor& c, const Work& work) const {
+        if (kTells && regular) batch_before<K, kTells>(c, work);
+        else batch_before<K, false>(c, work);
+    }
+    template <int K, bool kRegular, class Work> NF_DEVICE void batch_after(Cursor& c, const Work& work) const {
+        Cursor cursors[K];
+        Spot<kRegular> spots[K];
         NF_UNROLL
         for (int k = 0; k < K; ++k) {
             cursors[k] = c;
-            spots[k] = spot<kPlain>(c);
+            spots[k] = spot<kRegular>(c);
             advance(c);
         }
+        work(cursors, spots);
     }
-    template <bool kPlain = false, int K> NF_DEVICE void previous(Cursor& c, Cursor (&cursors)[K], Spot (&spots)[K]) const {
+    template <int K, bool kRegular, class Work> NF_DEVICE void batch_before(Cursor& c, const Work& work) const {
+        Cursor cursors[K];
+        Spot<kRegular> spots[K];
         NF_UNROLL
         for (int k = K - 1; k >= 0; --k) {
             retreat(c);
             cursors[k] = c;
-            spots[k] = spot<kPlain>(c);
+            spots[k] = spot<kRegular>(c);
         }
+        work(cursors, spots);
     }
 
-    // Whether 16 bytes may be read though some belong to the row's neighbours: where rows are walked by the vectors of memory, at their
-    // ends
-    NF_DEVICE bool readable(const Spot& s) const {
-        return s.whole || (kWide && aligned && phase_mask != 0 && !s.empty() && corner + s.at + V <= elements);
+    // Whether 16 bytes may be read: all of them are of the slab, or of the row's neighbours too, where rows are walked by the vectors of
+    // memory, at their ends
+    template <bool kNeighbours, bool kRegular> NF_DEVICE bool readable(const Spot<kRegular>& s) const {
+        if (kRegular) return !s.empty();
+        if (!s.aligned || s.empty()) return false;
+        return s.lanes() == V || (kNeighbours && kWide && phase_mask != 0 && corner + s.at + V <= elements);
     }
-    NF_DEVICE void clear_outside(const Spot& s, Vector<T>& v) const {
-        if (s.last - s.first == V) return;
-        NF_UNROLL
-        for (int j = 0; j < V; ++j)
-            if (j < s.first || j >= s.last) v.data[j] = narrow<T>(0);
+    template <bool kRegular> NF_DEVICE void clear_outside(const Spot<kRegular>& s, Vector<T>& v) const {
+        if (s.template full<V>()) return;
+        v.keep([&](int j) { return s.has(j); });
     }
 
-    // Lanes outside are zero, or (``kNeighbours``) what lies there
-    template <bool kCoherent = false, bool kNeighbours = true> NF_DEVICE Vector<T> load(const void* tensor, const Spot& s) const {
-        const Global<const T> from = Global<const T>(tensor).advance(corner).advance(s.at);
-        Pack<uint32_t, 4> words;
-        if (kNeighbours && !kCoherent ? readable(s) : s.whole) {
+    NF_DEVICE Global<const T> at_corner(const void* tensor) const { return Global<const T>(tensor).advance(corner); }
+
+    // Of a tensor, or of one whose corner is known already. Lanes outside are zero, or (``kNeighbours``) what lies there
+    template <bool kCoherent = false, bool kNeighbours = true, bool kRegular>
+    NF_DEVICE Vector<T> load(const void* tensor, const Spot<kRegular>& s) const {
+        return load<kCoherent, kNeighbours>(at_corner(tensor), s);
+    }
+    template <bool kCoherent = false, bool kNeighbours = true, bool kRegular>
+    NF_DEVICE Vector<T> load(const Global<const T>& from_corner, const Spot<kRegular>& s) const {
+        const Global<const T> from = from_corner.advance(s.at);
+        Pack<uint32_t, 4> words = {};  // opaque: device.cuh says why
+        if (readable<(kNeighbours && !kCoherent)>(s)) {
             words = words_of(kCoherent ? from.template load_coherent<V>(0) : from.template load<V>(0));
-        } else {
-            Vector<T> v;
+        } else if (!kRegular) {
+            Pack<T, V> v;
             NF_UNROLL
             for (int j = 0; j < V; ++j) {
                 v.data[j] = narrow<T>(0);
-                if (j >= s.first && j < s.last) v.data[j] = kCoherent ? from.load_coherent(j) : from.load(j);
+                if (s.has(j)) v.data[j] = kCoherent ? from.load_coherent(j) : from.load(j);
             }
             words = opaque(words_of(v));
         }
-        return pack_of<T>(opaque(words));
+        return Vector<T>(opaque(words));
     }
 
     // P lanes of it from lane ``part`` on; those outside are zero
-    template <int P> NF_DEVICE Pack<T, P> load_part(const void* tensor, const Spot& s, int part) const {
+    template <int P, bool kRegular> NF_DEVICE Pack<T, P> load_part(const void* tensor, const Spot<kRegular>& s, int part) const {
         const Global<const T> from = Global<const T>(tensor).advance(corner).advance(s.at);
-        if (s.whole) return from.template load<P>(part);
+        if (readable<false>(s)) return from.template load<P>(part);
         Pack<T, P> v;
         NF_UNROLL
-        for (int j = 0; j < P; ++j) v.data[j] = part + j >= s.first && part + j < s.last ? from.load(part + j) : narrow<T>(0);
+        for (int j = 0; j < P; ++j) v.data[j] = s.has(part + j) ? from.load(part + j) : narrow<T>(0);
         return v;
     }
 
-    // The same into shared memory; to be awaited (copy_async_wait) before this thread reads it there
-    template <bool kNeighbours = true>
-    NF_DEVICE void fetch(const void* tensor, const Spot& s, const Shared<T>& to, int i, Cache cache) const {
-        if (kNeighbours ? readable(s) : s.whole) copy_async<V>(to, i, Global<const T>(tensor).advance(corner), int64_t(s.at), cache);
-        else to.template store<V>(i, load<false, kNeighbours>(tensor, s));
+    // The same into shared memory; to be awaited (copy_async_wait) before this thread reads it there. An absent vector leaves its place
+    template <bool kNeighbours = true, bool kRegular>
+    NF_DEVICE void fetch(const Global<const T>& from_corner, const Spot<kRegular>& s, const Shared<T>& to, int i, Cache cache) const {
+        if (readable<kNeighbours>(s)) copy_async<V>(to, i, from_corner, int64_t(s.at), cache);
+        else if (!kRegular && !s.empty()) to.template store<V>(i, load<false, kNeighbours>(from_corner, s).pack());
     }
 
-    NF_DEVICE void store(void* tensor, const Spot& s, const Vector<T>& v, Cache cache = Cache::normal) const {
+    template <bool kRegular>
+    NF_DEVICE void store(void* tensor, const Spot<kRegular>& s, const Vector<T>& v, Cache cache = Cache::normal) const {
+        if (s.empty()) return;
         const Global<T> to = Global<T>(tensor).advance(corner).advance(s.at);
-        if (s.whole) return to.template store<V>(0, v, cache);
+        if (kRegular || readable<false>(s)) return to.template store<V>(0, v.pack(), cache);
         NF_UNROLL
         for (int j = 0; j < V; ++j)
-            if (j >= s.first && j < s.last) to.store(j, v.data[j]);
+            if (s.has(j)) to.store(j, v.pack().data[j]);
     }
 
     // The mask has one byte per vector of every row, in strips of 2^mask_shift vectors: [outer][strip][row][vector of the strip, which is
     // narrower at the end]; wide sets have one strip
     NF_DEVICE int64_t mask_at(const Walk& w, const Cursor& c) const {
         const int vector = vector0 + c.vector;
-        if (kWide) return (outer * w.rows + row0 + c.row) * w.row_vectors + vector;
+        if (kWide)
+            return (outer * w.rows + row0) * w.row_vectors + vector0 + (uint32_t(c.row) * uint32_t(w.row_vectors) + uint32_t(c.vector));
         const int before = vector >> w.mask_shift << w.mask_shift, strip = min_(1 << w.mask_shift, w.row_vectors - before);
         return (outer * w.row_vectors + before) * w.rows + (row0 + c.row) * strip + (vector - before);
     }

@@ -157,6 +157,9 @@ class Run {
           at(static_cast<char*>(args.scratch)),
           wide(p.type == Type::float64 ? 8 : 4) {
         call.problem = p;
+        if (p.act == Act::relu) call.problem.p0 = 0;  // leaky_relu's slope
+        call.p0 = float(call.problem.p0);
+        call.p1 = float(p.p1);
         call.walk = plan.walk;
         call.walk.aligned = call.walk.aligned && aligned_16(args);
         call.tensors = args;

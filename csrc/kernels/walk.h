@@ -49,8 +49,9 @@ struct Walk {
     // the batches of vectors that stay on chip between the two passes over a slab, at the end of the walk; the last in registers
     int resident, spare;  // places in shared memory for them, and beyond them for batches of the next slab
     uint32_t phase_mask;  // V - 1 where rows may start inside a 16-byte vector and are walked by the vectors of memory, else 0
+    int row_key;       // where channels run along rows: row & row_key changes where the channel does
     bool one_channel;  // wide along rows: all rows of a matrix are of one channel
-    bool plain;  // rows are whole vectors, and threads have sets alone: a step of which all threads have a vector is one of whole vectors
+    bool regular;  // rows are whole vectors, so that a thread has all lanes of a vector or none
     bool aligned;  // every tensor starts at a 16-byte boundary, and (narrow) every row does
 };
 

@@ -96,6 +96,64 @@ def test_large_means(kind: str, layout: str, route: str, mean: float, device: to
     assert max(errors.values()) <= 1 + mean * 2**-24 / 1e-5, errors
 
 
+def check_moments(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, expected mean) of every set; float32 holds the mean and rstd no better than they are."""
+    _, mean, rstd, _ = case.forward()
+    mean, rstd, x = mean.double().flatten(), rstd.double().flatten(), case.x.double()
+    sets = x.transpose(0, 1).flatten(1) if case.scope == CHANNEL else x.unflatten(1, (case.groups, -1)).flatten(2).flatten(0, 1)
+    want, deviation = sets.mean(1), (sets.var(1, unbiased=False) + 1e-5).sqrt()
+    # of the mean the one rounding, and sums of a few hundred deviations; of rstd as much
+    assert ((mean - want).abs() <= 6e-8 * want.abs() + 1e-6 * deviation).all()
+    assert ((rstd * deviation - 1).abs() <= 2e-6).all(), (rstd * deviation - 1).abs().max()
+    return mean, want
+
+
+def _awkward(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Numbers that are hard on sums about a centre that is found on the way; (N, C, H, W) in float64."""
+    n, _, h, w = shape
+    at = torch.arange(n * h * w, dtype=torch.float64).view(n, 1, h, w).expand(shape)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return {
+        "the first far away": torch.where(at % w < 1, 0.0, 1000.0 + noise),
+        "every thread's first": torch.where((at // 8) % 32 < 16, -300.0, 300.0) + noise,
+        "ever larger": at + noise,
+        "ever further": torch.where(at % 2 == 0, at, -at),
+        "two heaps": torch.where(at < n * h * w // 2, 0.0, 1e4) + noise,
+        "far from zero": 1e6 + 100 * noise,
+        "one number": torch.full(shape, 1234.5, dtype=torch.float64),
+        "one of them apart": torch.where(at == n * h * w - 1, 5.0, 4.0),
+    }[kind]
+
+
+@pytest.mark.parametrize("route", ["single_pass", "two_pass"])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("width", [24, 21])  # whole vectors, and rows that begin inside one
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("the first far away", "every thread's first", "ever larger", "ever further", "two heaps", "far from zero"),
+        *("one number", "one of them apart"),
+    ],
+)
+def test_moments_of_awkward_numbers(kind: str, width: int, layout: str, route: str, device: torch.device) -> None:
+    """Mean and rstd of float32 as exactly as float32 holds them: no digits are lost, wherever a thread begins."""
+    for scope, groups in ((CHANNEL, 1), (SAMPLE_GROUP, 2)):
+        case = Case(scope, shape=(3, 6, 16, width), groups=groups, layout=layout, route=route, limits=SMALL, device=device)
+        case.x.copy_(_awkward(kind, case.shape))
+        mean, want = check_moments(case)
+        if kind == "one number":
+            assert torch.equal(mean, want)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_a_first_number_far_away(layout: str, device: torch.device) -> None:
+    """A thread with hundreds of numbers to sum about it would lose all digits of their variance."""
+    case = Case(CHANNEL, shape=(2, 8, 128, 256), layout=layout, limits=SMALL, device=device)
+    case.x.copy_(_awkward("far from zero", case.shape) / 100)
+    case.x[0, :, 0, 0] = -1e5
+    check_moments(case)
+
+
 @pytest.mark.parametrize("needs", [(True, False, False), (False, False, True), (True, True, False), (False, True, False)])
 @pytest.mark.parametrize("route", ["single_pass", "two_pass"])
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])

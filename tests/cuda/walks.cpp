@@ -59,7 +59,7 @@ int64_t set_of(const Problem& p, const Place& at) {
 }
 
 // What a vector says of itself: inside the tensor, its set, its channel, its alignment
-template <class S> const char* wrong(const Problem& p, const Walk& w, bool wide, bool rows, bool columns, const S& slab, const Spot& s) {
+template <class S> const char* wrong(const Problem& p, const Walk& w, bool wide, bool rows, bool columns, const S& slab, const Spot<false>& s) {
     for (int j = s.first; j < s.last; ++j) {
         const int64_t at = slab.corner + s.at + j;
         if (at < 0 || at >= p.elements()) return say("element %lld is outside", (long long)at);
@@ -71,7 +71,7 @@ template <class S> const char* wrong(const Problem& p, const Walk& w, bool wide,
             return say("element %lld: set %lld, not %lld", (long long)at, (long long)slab.set(w, j), (long long)set_of(p, place));
         if (!wide && slab.column(j) != s.column + j) return say("element %lld: column %d, not %d", (long long)at, s.column + j, slab.column(j));
     }
-    if (s.whole && (slab.corner + s.at) % S::V != 0) return say("a whole vector at %lld", (long long)(slab.corner + s.at));
+    if (slab.template readable<false>(s) && (slab.corner + s.at) % S::V != 0) return say("a whole vector at %lld", (long long)(slab.corner + s.at));
     return nullptr;
 }
 
@@ -89,11 +89,12 @@ template <class T, bool kWide> const char* cover(const Problem& p, const Plan& p
             for (int step = 0; step < w.steps; ++step) {
                 const auto there = slab.after(step);
                 if (cursor.row != there.row || cursor.vector != there.vector) return say("unit %lld: step %d", (long long)unit, step);
-                const Spot s = slab.spot(cursor);
-                const Spot plain = slab.template spot<true>(cursor);
-                if (slab.template plain<1>(cursor) &&
-                    (plain.at != s.at || plain.row != s.row || plain.column != s.column || s.first != 0 || s.last != (Slab<T, kWide>::V) || !s.whole))
-                    return say("unit %lld, thread %u: step %d is not plain", (long long)unit, thread.index, step);
+                const Spot<false> s = slab.spot(cursor);
+                const Spot<true> regular = slab.template spot<true>(cursor);
+                if (slab.regular && (regular.empty() != s.empty() ||
+                                     (!s.empty() && (regular.at != s.at || regular.row != s.row || regular.column != s.column || s.first != 0 ||
+                                                     s.lanes() != (Slab<T, kWide>::V) || !s.aligned))))
+                    return say("unit %lld, thread %u: step %d is not regular", (long long)unit, thread.index, step);
                 if (const char* why = wrong(p, w, kWide, columns ? false : plan.rows, columns, slab, s)) return why;
                 for (int j = s.first; j < s.last; ++j) {
                     const int64_t at = slab.corner + s.at + j, n = place_of(p, at).n;
@@ -115,7 +116,7 @@ template <class T, bool kWide> const char* look(const Problem& p, const Plan& pl
     simt::current = &thread;
     const Slab<T, kWide> slab(w, unit);
     const auto cursor = slab.after(int(step));
-    const Spot s = slab.spot(cursor);
+    const Spot<false> s = slab.spot(cursor);
     const int64_t seen[] = {slab.corner + s.at, s.first, s.last, slab.mask_at(w, cursor)};
     for (int i = 0; i < 4; ++i) out[i] = seen[i];
     const char* why = wrong(p, w, kWide, columns ? false : plan.rows, columns, slab, s);
@@ -161,13 +162,13 @@ const char* nf_plan(const Question* q) {
                   "\"settles\": %d, \"outers\": %lld, \"period\": %lld, \"high_stride\": %lld, \"low_stride\": %lld, \"walk_rows\": %lld, \"row_stride\": %lld, "
                   "\"cols\": %lld, \"row_vectors\": %d, \"slice\": %lld, \"slices\": %lld, \"chunks\": %lld, \"chunk_rows\": %d, \"chunk_vectors\": %d, "
                   "\"vector_chunks\": %d, \"per_row\": %d, \"steps\": %d, \"units\": %lld, \"team\": %d, \"teams\": %d, \"sets_per_block\": %d, "
-                  "\"resident\": %d, \"phase_mask\": %d, \"batch\": %d, \"owner\": %d, \"groups\": %d, \"spare\": %d, \"read_x\": %.9g, \"chunks_adjoin\": %d, \"mask_shift\": %d, \"folds\": %d, \"plain\": %d, \"samples\": %d, \"sample_rows\": %lld}",
+                  "\"resident\": %d, \"phase_mask\": %d, \"batch\": %d, \"owner\": %d, \"groups\": %d, \"spare\": %d, \"read_x\": %.9g, \"chunks_adjoin\": %d, \"mask_shift\": %d, \"folds\": %d, \"regular\": %d, \"samples\": %d, \"sample_rows\": %lld}",
                   int(plan.route), q->columns ? 0 : plan.wide, q->columns ? 0 : plan.rows, q->columns ? plan.columns_threads : plan.threads,
                   (long long)(q->columns ? w.units : plan.blocks), plan.shared_bytes, plan.scratch_offset, plan.columns_pass, plan.settles, (long long)w.outers,
                   (long long)w.period, (long long)w.high_stride, (long long)w.low_stride, (long long)w.rows, (long long)w.row_stride, (long long)w.cols,
                   w.row_vectors, (long long)w.slice, (long long)w.slices, (long long)w.chunks, w.chunk_rows, w.chunk_vectors, w.vector_chunks, w.per_row,
                   w.steps, (long long)w.units, w.team, w.teams, w.sets_per_block, w.resident, w.phase_mask, plan.batch,
-                  int(plan.owner), plan.groups, w.spare, plan.read_x, w.chunks_adjoin, w.mask_shift, w.folds, w.plain, w.samples, (long long)w.sample_rows);
+                  int(plan.owner), plan.groups, w.spare, plan.read_x, w.chunks_adjoin, w.mask_shift, w.folds, w.regular, w.samples, (long long)w.sample_rows);
     return text;
 }
 }

@@ -43,11 +43,11 @@ NF_KERNEL(256) copy_last(NF_GRID_CONSTANT Arguments a) {
 NF_KERNEL(256) maths(NF_GRID_CONSTANT Arguments a) {
     const unsigned i = block_index() * block_threads() + thread_index();
     const float v = a.x.load(i), w = fma_(v, v, 1.0f);
-    a.y.store(i, exp_(v) + expm1_(v) + log1p_(v) + erf_(v) + tanh_(v) + sqrt_(w) + abs_(v) + min_(v, w) + max_(v, w) + divide_fast(v, w) +
+    a.y.store(i, exp_(v) + expm1_(v) + log1p_(v) + erf_(v) + tanh_(v) + sqrt_(w) + abs_(v) + min_(v, w) + max_(v, w) + reciprocal_fast_(w) + exp_of_minus_(v) + max_nan_(v, w) +
                      reciprocal_(w));
     const double d = a.double_in.load(i), e = fma_(d, d, 1.0);
     a.double_out.store(i, exp_(d) + expm1_(d) + log1p_(d) + erf_(d) + tanh_(d) + sqrt_(e) + abs_(d) + min_(d, e) + max_(d, e) +
-                              divide_fast(d, e) + reciprocal_(e));
+                              reciprocal_fast_(e) + exp_of_minus_(d) + max_nan_(d, e) + reciprocal_(e));
     a.double_out.store<2>(2 * i, a.double_in.load<2>(2 * i));
     a.half_out.store(i, convert<__half>(convert<float>(a.half_in.load(i)) + convert<double>(a.brain_in.load(i)) +
                                         convert<float>(convert<__nv_bfloat16>(v))));

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from normfused.activations import ACTIVATIONS, activate, parse
 from normfused.backends import reference
-from normfused.backends.reference.grad_moments import activation_gradient
+from normfused.backends.reference.grad_moments import activation_gradient, grad_moments
 from normfused.backends.reference.rules import batch_instance, standard
 from normfused.backends.reference.views import ncs, over_channels, over_set
 from normfused.problem import BATCH_INSTANCE, CHANNEL, NHWC, POSITION, PRE_NORM, RENORM, RMS, SAMPLE_GROUP, STANDARD, Problem, dense
@@ -135,8 +135,21 @@ class Case:
         if self.residual in ("pre_act", "post_act"):
             found.add("dresidual", gradients[1], expected_gradients[1])
         for name, got, want in zip(("dweight", "dbias", "dact", "drule"), gradients[2:], expected_gradients[2:], strict=True):
-            found.add(name, got, want, parameter=True, scale=self._parameter_scale(dy, want))
+            scale = self._parameter_scale(dy, want)
+            if name == "drule" and p.rule == BATCH_INSTANCE:
+                scale = max(scale, self._gate_scale(p, dy, x, source, wide, *statistics))
+            found.add(name, got, want, parameter=True, scale=scale)
         return found.errors
+
+    def _gate_scale(self, p: Problem, dy: Tensor, x: Tensor, source: Tensor | None, wide: list[Any], mean: Tensor, rstd: Tensor) -> float:
+        """The gate's gradient is the weight's by the batch's statistics less the weight's by the samples', which all but cancel; and means
+        are saved rounded."""
+        centre, a, b = (t.unsqueeze(2) for t in batch_instance.coefficients(p, mean, rstd, wide[3], wide[0], wide[1]))
+        dz, _ = activation_gradient(p, dy, x, source, centre, a, b, wide[2])
+        sum_dz, sum_dz_xc = grad_moments(p, dz, x, centre)
+        of_batch, of_samples = rstd[0] * (sum_dz_xc + (mean[1:] - mean[0]) * sum_dz), rstd[1:] * sum_dz_xc
+        terms = of_batch.abs() + of_samples.abs() + (rstd[1:] * mean[1:] * sum_dz).abs()
+        return 0.1 * _larger(terms.sum(0) * (1 if wide[0] is None else wide[0]))
 
     def _dx_scale(self, p: Problem, dy: Tensor, x: Tensor, source: Tensor | None, wide: list[Any], statistics: Any) -> float:
         """max|dz_scale*dz|: with few elements to a set dx itself cancels."""
