@@ -95,8 +95,12 @@ class Problem:
     eps: float = 1e-5
     momentum: float | None = 0.1
     batch_statistics: bool = True
-    act: Activation = IDENTITY
+    act: Activation = None  # type: ignore[assignment]  # identity; Dynamo of torch 2.11 cannot trace an object as a default
     residual_mode: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.act is None:
+            object.__setattr__(self, "act", IDENTITY)
 
     @property
     def count(self) -> int:

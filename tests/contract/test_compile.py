@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from torch._inductor import async_compile, compile_fx, metrics
 from torch.library import opcheck
 
 import normfused as nf
+from normfused.activations import IDENTITY
+from normfused.problem import Problem
 
 from ..conftest import EMULATED
 from ..support.cases import covering
@@ -370,3 +372,10 @@ def test_nothing_keeps_a_compiled_step_out_of_a_cuda_graph(mode, generated_only)
     layer = nf.BatchNormAct2d(16, momentum=None, act="relu", backend="cuda" if EMULATED else "reference")
     with nf.compile_mode(mode):
         assert work_of(layer, *torch.randn(2, 4, 16, 24, 24)).mutated_other_than_buffers == 0
+
+
+def test_a_problem_can_be_made_in_compiled_code():
+    """Dynamo of torch 2.11 wraps the defaults of a dataclass that it meets, and knows no objects there."""
+    defaults = [f.default for f in fields(Problem) if f.default is not MISSING]
+    assert all(isinstance(value, (type(None), bool, int, float, str)) for value in defaults), defaults
+    assert Problem("channel", "standard", 1, 1, 1, 1, "nchw", torch.float32, torch.device("cpu")).act == IDENTITY
